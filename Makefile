@@ -1,0 +1,42 @@
+# make demo: train and compare.  make test: all tests.  make check: lint, types, fast tests.  make setup: .venv alone.
+PYTHON ?= python3
+TORCH ?= auto
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.maltu-$(TORCH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test check lint types soak wheel clean
+.DEFAULT_GOAL := demo
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" VENV="$(VENV)" sh scripts/setup.sh
+	@rm -f $(VENV)/.maltu-* && touch $(STAMP)
+
+demo: setup
+	$(PY) -m toolkit.train recipes/casual_chat.yaml
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: setup
+	$(VENV)/bin/mypy
+
+check: lint types
+	$(PY) -m pytest -m "not slow and not soak"
+
+test: setup
+	$(PY) -m pytest -m "not soak"
+
+soak: setup
+	$(PY) -m pytest -m soak
+
+wheel: setup
+	$(PY) -m build --wheel --outdir dist
+
+clean:
+	rm -rf dist build .mypy_cache .ruff_cache

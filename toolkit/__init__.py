@@ -1,0 +1,1 @@
+"""Maltu: make a small language model talk the way its user wants."""

@@ -1,0 +1,102 @@
+"""Files that are whole or absent: written beside their place, synced, and renamed into it.
+
+A killed process leaves the old file or the new one, never half of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from toolkit.errors import RunError
+
+COMPLETE = "COMPLETE"  # the marker of a folder that counts only when it is there; written last
+_WRITE_FAILURES = (OSError, SafetensorError, RuntimeError)  # torch.save reports a full disk as RuntimeError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises RunError that says what stands in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as denied:
+        raise RunError(
+            f"{path}: the folder cannot be made ({denied.strerror}). Check permissions and free space."
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, synced, and rename it into place. Raises RunError on a full disk or a read-only
+    folder.
+    """
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON (UTF-8, indented, no NaN) atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file beside `path`, then rename it into place; on failure nothing is left and the old file
+    stays.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        fill(beside)
+        _sync(beside)
+        os.replace(beside, path)
+    except _WRITE_FAILURES as failed:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({failed}). Check free space and permissions.") from failed
+
+
+def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = False) -> None:
+    """Let `fill` write a folder beside `path`, sync every file, and rename it into place; an older folder is replaced.
+
+    With `marker` a COMPLETE file is written last and synced: only a folder with it counts as whole.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        fill(beside)
+        for file in sorted(p for p in beside.rglob("*") if p.is_file()):
+            _sync(file)
+        if marker:
+            (beside / COMPLETE).write_text(stamp(), encoding="utf-8")
+            _sync(beside / COMPLETE)
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(beside, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except _WRITE_FAILURES as failed:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise RunError(f"{path}: cannot be written ({failed}). Check free space and permissions.") from failed
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stamp() -> str:
+    """The time now, in UTC, as ISO 8601 to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
