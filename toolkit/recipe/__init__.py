@@ -1,0 +1,1 @@
+"""The recipe: everything a run does. Reading one imports no torch."""

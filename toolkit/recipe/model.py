@@ -1,0 +1,287 @@
+"""What a recipe may say: every section, its keys, their bounds and defaults.
+
+`auto` stays the word here: what it becomes depends on the base and the machine, and is decided when both are known.
+"""
+
+import unicodedata
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+
+from toolkit.recipe.adapter import Adapter, Embedding, Full, Lora, PeftKind, Prefix, Reft
+from toolkit.recipe.section import AutoBool, AutoInt, AutoRate, Section, SomeStrings
+
+__all__ = [
+    "Adapter", "Base", "Clean", "Columns", "Data", "Embedding", "Evaluate", "Full", "Labels", "Lora", "NewBase",
+    "NewShape", "PeftKind", "Prefix", "Recipe", "Reft", "Serve", "Train",
+]  # fmt: skip
+
+RESERVED_NAMES = frozenset({"base", "auto"})
+REFUSED_SIGNS = ':/\\=,<>|"?*'
+
+
+def _nfc(value: object) -> object:
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+
+
+def _is_run_name(name: str) -> str:
+    if name.lower() in RESERVED_NAMES:
+        raise ValueError(f"'{name}' is reserved: a server answers to it without any run. Choose another name")
+    found = sorted({sign for sign in name if sign in REFUSED_SIGNS or not sign.isprintable()})
+    if found:
+        signs = " ".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in found)
+        raise ValueError(
+            f"a run's name is a folder and a model name, so it cannot hold {signs}. Use letters, digits, - and _"
+        )
+    if name != name.strip() or name.startswith((".", "-", "~")) or name.endswith("."):
+        raise ValueError(f"'{name}' cannot be a folder's name: begin and end with a letter or a digit")
+    if len(name.encode()) > 200:
+        raise ValueError(f"is {len(name.encode())} bytes long; a folder's name holds at most 200. Shorten it")
+    return name
+
+
+def _is_path_of_columns(column: str) -> str:
+    if not all(part.strip() for part in column.split(".")):
+        raise ValueError(f"'{column}' has an empty part; write a column's name, or a path as in messages.0.content")
+    return column
+
+
+def _has_place_for_text(template: str) -> str:
+    if template.count("{text}") != 1:
+        raise ValueError("must hold {text} once: the place where the text goes")
+    return template
+
+
+RunName = Annotated[str, Field(min_length=1), BeforeValidator(_nfc), AfterValidator(_is_run_name)]
+Column = Annotated[str, Field(min_length=1), AfterValidator(_is_path_of_columns)]
+
+
+class Base(Section):
+    """An existing base model."""
+
+    called: ClassVar[str] = "an existing base"
+    model: str = Field(min_length=1, description="catalogue name, hub id (owner/name), or folder")
+    revision: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="branch, tag or commit of a hub id"
+    )
+    quantize: Literal["none", "nf4"] = Field(default="none", description="nf4: the frozen base in 4 bits (QLoRA)")
+    trust_remote_code: bool = Field(default=False, description="run Python code that lies beside the weights")
+
+
+class NewShape(Section):
+    """The shape of a base made from scratch."""
+
+    called: ClassVar[str] = "a new base's shape"
+    hidden: int = Field(default=192, ge=16, le=8192, description="width; a multiple of twice the heads")
+    layers: int = Field(default=6, ge=1, le=128, description="transformer blocks")
+    heads: int = Field(default=3, ge=1, le=128, description="attention heads")
+    vocab: int = Field(
+        default=8192, ge=300, le=262_144, description="tokens of the byte-level BPE that is trained first"
+    )
+    context: int = Field(default=512, ge=64, le=131_072, description="positions")
+
+
+class NewBase(Section):
+    """A base made from scratch: its tokenizer is trained first, then the model."""
+
+    called: ClassVar[str] = "a base made from scratch"
+    new: NewShape = Field(description="the shape of the base")
+
+
+class Columns(Section):
+    """Rows with one question and one answer; a column may be a path with numbers, as in messages.-1.content."""
+
+    called: ClassVar[str] = "a columns format"
+    kind: Literal["columns"] = "columns"
+    user: Column = Field(description="column of what the user says")
+    assistant: Column = Field(description="column of the answer")
+
+
+class Labels(Section):
+    """Rows with a text and its label; the label is learned as the answer."""
+
+    called: ClassVar[str] = "a labels format"
+    kind: Literal["labels"] = "labels"
+    text: Column = Field(description="column of the text")
+    label: Column = Field(description="column of the label")
+    names: dict[str, Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, description="label in the file: word to answer with"
+    )
+    template: Annotated[str, AfterValidator(_has_place_for_text)] = Field(
+        default="{text}", description="the prompt; {text} is the text"
+    )
+
+
+def _format_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<word>"
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return None if kind is None else f"<{kind}>"
+
+
+Format = Annotated[
+    Annotated[Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"], Tag("<word>")]
+    | Annotated[Columns, Tag("<columns>")]
+    | Annotated[Labels, Tag("<labels>")],
+    Discriminator(_format_kind),
+]
+
+
+def _is_share(value: object) -> str:
+    return "<value>" if isinstance(value, int | float) else "<files>"
+
+
+Held = Annotated[
+    Annotated[float, Field(ge=0, le=0.5), Tag("<value>")] | Annotated[SomeStrings, Tag("<files>")],
+    Discriminator(_is_share),
+]
+
+
+class Clean(Section):
+    """How talk is cleaned before anything learns from it."""
+
+    called: ClassVar[str] = "clean"
+    unicode: Literal["NFC", "NFKC", "none"] = Field(default="NFC", description="normal form of every text")
+    duplicates: Literal["exact", "none"] = Field(default="exact", description="exact: keep one of equal conversations")
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
+        default=0.9, description="similarity from which one is kept; null: all"
+    )
+    mask_private: Literal["user", "all", "none"] = Field(
+        default="user", description="whose e-mails, phone, resident and card numbers are masked"
+    )
+    min_turns: int = Field(default=2, ge=1, le=1000, description="shorter conversations are dropped")
+    too_long: Literal["drop_old_turns", "drop"] = Field(
+        default="drop_old_turns",
+        description="over max_length: leave out the oldest turns, or the whole conversation",
+    )
+    max_dropped: float = Field(default=0.05, ge=0, le=1, description="more than this share dropped stops the run")
+
+
+class Data(Section):
+    """Where the talk comes from and how it is split."""
+
+    called: ClassVar[str] = "data"
+    train: SomeStrings = Field(
+        description="jsonl, jsonl.gz, csv, parquet, hub:NAME[:config][:split], maltu:NAME (shipped)"
+    )
+    valid: Held = Field(default=0.1, description="share held out while training, or files; 0: none")
+    test: Held = Field(default=0.1, description="share held out until the end, or files; 0: none")
+    format: Format = Field(default="auto", description="shape of the rows; auto: sniffed")
+    system: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="system turn put before conversations without one"
+    )
+    clean: Clean = Field(default=Clean(), description="cleaning")
+
+
+class Train(Section):
+    """How the adapter learns."""
+
+    called: ClassVar[str] = "train"
+    epochs: float = Field(default=3.0, gt=0, le=10_000, description="passes over the training talk")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="optimizer steps; overrules epochs")
+    batch_size: int = Field(
+        default=8, ge=1, le=65_536, description="conversations per optimizer step over all devices, packed or not"
+    )
+    micro_batch: AutoInt = Field(
+        default="auto", description="conversations per forward pass and device; auto: what memory holds"
+    )
+    learning_rate: AutoRate = Field(default="auto", description="peak learning rate; auto: by adapter kind and base")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises"
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: matrices by Muon, the rest by AdamW; full training only"
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each weight taken off, times the learning rate"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="longer gradients are shortened; null: never"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the device has it, fp32 on CPU"
+    )
+    activation_checkpointing: AutoBool = Field(default="auto", description="compute activations twice to save memory")
+    packing: AutoBool = Field(default="auto", description="several conversations in one row, none sees the other")
+    max_length: AutoInt = Field(
+        default="auto", description="tokens per conversation; auto: the base's trained context, at most 2048"
+    )
+    evaluate_every: float = Field(default=0.25, gt=0, description="epochs between evaluations on the held-out talk")
+    early_stop_patience: Annotated[int, Field(ge=1)] | None = Field(
+        default=2, description="evaluations without progress before it stops; null: never"
+    )
+    keep: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = Field(
+        default=(), description="steps whose checkpoints stay"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of shuffling, dropout and new weights")
+
+
+CLASSIFY_METRICS = ("accuracy", "macro_f1", "log_loss")
+Metric = Literal[
+    "loss",
+    "bits_per_byte",
+    "chrf",
+    "distinct_2",
+    "repetition",
+    "length",
+    "ends",
+    "levels",
+    "accuracy",
+    "macro_f1",
+    "log_loss",
+]
+
+
+class Evaluate(Section):
+    """What is measured before and after."""
+
+    called: ClassVar[str] = "evaluate"
+    prompts: Annotated[str, Field(min_length=1)] | None = Field(
+        default="maltu:probes.jsonl", description="prompts answered before and after"
+    )
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = Field(
+        default=("loss", "bits_per_byte", "chrf", "distinct_2", "repetition"),
+        description="what is written into metrics.jsonl",
+    )
+
+
+class Serve(Section):
+    """Defaults of a server for this run only."""
+
+    called: ClassVar[str] = "serve"
+    temperature: float = Field(default=0.7, ge=0, le=2, description="0: always the likeliest token")
+    top_p: float = Field(default=0.9, gt=0, le=1, description="share of the likelihood that is sampled from")
+    max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="longest answer")
+
+
+def _base_form(value: object) -> str | None:
+    if isinstance(value, dict):
+        return "<new>" if "new" in value else "<model>"
+    return "<model>" if isinstance(value, Base) else "<new>" if isinstance(value, NewBase) else None
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Recipe(Section):
+    """Everything a run does, and nothing outside it."""
+
+    called: ClassVar[str] = "a recipe"
+    name: RunName = Field(description="also the run folder's name")
+    task: Literal["chat", "classify", "text2text"] = Field(
+        default="chat", description="text2text: summarise, translate, rewrite"
+    )
+    base: Annotated[Annotated[Base, Tag("<model>")] | Annotated[NewBase, Tag("<new>")], Discriminator(_base_form)] = (
+        Field(description="the model that learns to talk this way")
+    )
+    data: Data = Field(description="the talk")
+    adapter: Adapter = Field(default=Lora(), description="what learns, chosen by kind")
+    train: Train = Field(default=Train(), description="how it learns")
+    evaluate: Evaluate = Field(default=Evaluate(), description="what is measured")
+    track: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
+        default=("tensorboard",), description="where numbers go beside metrics.jsonl; wandb is offline without a key"
+    )
+    serve: Serve = Field(default=Serve(), description="defaults when served")

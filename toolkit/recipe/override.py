@@ -1,0 +1,64 @@
+"""`key=value` from the command line, laid over a recipe's tree: the value is YAML, the key is dotted.
+
+Maps merge key by key, lists replace, and a new kind replaces its section; a section that is missing or null is made.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from toolkit.errors import Problem, RecipeError
+from toolkit.recipe.tree import Key, Place, Tree, compose, plant
+
+
+def lay_over(tree: Tree, overrides: Sequence[str]) -> None:
+    """Put every override into the tree, kinds first; what cannot be read as one becomes a problem of the tree."""
+    for text in sorted(overrides, key=_names_no_kind):
+        shown = text if len(text) <= 70 else text[:67] + "…"
+        key = _key_of(text)
+        if key is None:
+            says = "must be key=value, as in train.epochs=1 or adapter.kind=prefix"
+            tree.problems.append(Problem(f"override {shown}", says))
+            continue
+        try:
+            node = compose(text.partition("=")[2], "")
+        except RecipeError as error:
+            tree.problems.append(Problem(f"override {shown}", error.problems[0].says))
+            tree.spoiled.add(key)
+            continue
+        new = Tree(places={key[:depth]: Place(override=shown) for depth in range(1, len(key) + 1)})
+        value = None if node is None else plant(new, key, node, shown)
+        for part in reversed(key):
+            value = {part: value}
+        tree.problems += new.problems
+        tree.spoiled |= new.spoiled
+        _merge(tree, new, (), tree.values, value)
+
+
+def _names_no_kind(text: str) -> bool:
+    return not text.partition("=")[0].strip().endswith(".kind")
+
+
+def _key_of(text: str) -> Key | None:
+    name, equals, _ = text.partition("=")
+    parts = tuple(name.strip().split("."))
+    return parts if equals and all(parts) and not any(part != part.strip() for part in parts) else None
+
+
+def _merge(tree: Tree, new: Tree, at: Key, into: dict[str, Any], values: Any) -> None:
+    for name, value in values.items():
+        key, old = (*at, name), into.get(name)
+        if isinstance(old, dict) and isinstance(value, dict) and not _replaces(key, old, value):
+            _merge(tree, new, key, old, value)
+            continue
+        into[name] = value
+        for place in [place for place in tree.places if place[: len(key)] == key]:
+            del tree.places[place]
+        tree.places |= {place: where for place, where in new.places.items() if place[: len(key)] == key}
+
+
+def _replaces(key: Key, old: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether the new map is another alternative of its section, so that the old keys mean nothing in it."""
+    if key == ("base",):
+        return ("new" in value) != ("new" in old) and ("new" in value or "model" in value)
+    usual = "lora" if key == ("adapter",) else None
+    return "kind" in value and value["kind"] != old.get("kind", usual)

@@ -1,0 +1,130 @@
+"""A recipe file in, a Recipe out; or one RecipeError with everything that is wrong, each with its line and remedy."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from toolkit.errors import Problem, RecipeError
+from toolkit.recipe.explain import explain
+from toolkit.recipe.model import Recipe
+from toolkit.recipe.override import lay_over
+from toolkit.recipe.sense import Clash, clashes
+from toolkit.recipe.tree import Key, Tree, parse, read_text
+from toolkit.recipe.world import lacks
+from toolkit.shipped import resolve
+
+MOST_PROBLEMS = 50
+MOST_PASSES = 4
+SECTIONS: tuple[Key, ...] = (
+    ("base",),
+    ("data",),
+    ("data", "clean"),
+    ("adapter",),
+    ("train",),
+    ("evaluate",),
+    ("serve",),
+)
+# Stands in for what is missing or wrong while the rest is looked at.
+STAND_IN: dict[Key, Any] = {
+    ("name",): "unnamed",
+    ("base",): {"model": "spoken-mini"},
+    ("base", "model"): "spoken-mini",
+    ("data",): {"train": ["unnamed.jsonl"]},
+    ("data", "train"): ["unnamed.jsonl"],
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Recipe:
+    """The recipe in a file (or `maltu:recipes/NAME.yaml`), with `key=value` overrides laid over it.
+
+    `to_run=False` leaves out what depends on this machine (files there, packages installed): for the recipe of a
+    run that is over, wherever its folder lies now. Raises RecipeError with every problem at once. Loads no torch.
+    """
+    source = str(path)
+    tree = parse(read_text(resolve(path), source), source)
+    lay_over(tree, overrides)
+    if () in tree.spoiled:
+        raise RecipeError(source, tree.problems)
+    recipe, found = check(tree, to_run)
+    problems = sorted([*tree.problems, *found], key=_by_place)
+    if len(problems) > MOST_PROBLEMS:
+        problems = [*problems[:MOST_PROBLEMS], Problem("", f"and {len(problems) - MOST_PROBLEMS} more")]
+    if problems or recipe is None:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe of a tree and what is wrong with it. Wrong values stand aside while the others are compared."""
+    values, spoiled = copy.deepcopy(tree.values), {_whole(key) for key in tree.spoiled}
+    _leave_out_empty_sections(values)
+    for key in sorted(spoiled, key=len):
+        _stand_in(values, key)
+    problems: list[Problem] = []
+    for _ in range(MOST_PASSES):
+        try:
+            recipe = Recipe.model_validate(values)
+        except ValidationError as error:
+            for one in explain(error.errors(include_url=False)[: 2 * MOST_PROBLEMS]):
+                if not one.is_silent:
+                    problems.append(tree.problem(one.key, one.says))
+                meant = tuple(one.meant.split(".")) if one.meant else one.key
+                spoiled |= {_whole(one.key), _whole(one.key) if meant in tree.places else meant}
+                _stand_in(values, _whole(one.key), is_unknown=one.is_unknown)
+            if error.error_count() > MOST_PROBLEMS:
+                break
+        else:
+            against = [*clashes(recipe), *(lacks(recipe) if to_run else ())]
+            sound = [one for one in against if _is_sound(one, spoiled)]
+            return recipe, problems + [tree.problem(_key(one.at), one.says) for one in sound]
+    return None, problems
+
+
+def _leave_out_empty_sections(values: dict[str, Any]) -> None:
+    """A section whose keys are all commented out is null: it has its defaults."""
+    for *around, name in SECTIONS:
+        section: Any = values
+        for part in around:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section and section[name] is None:
+            del section[name]
+
+
+def _whole(key: Key) -> Key:
+    """The smallest part of a recipe that makes sense without the value at `key`: the list around an item, the union."""
+    key = next((key[:depth] for depth, part in enumerate(key) if isinstance(part, int)), key)
+    if key[:2] == ("data", "format"):
+        return key[:2]
+    return key[:1] if key in (("adapter", "kind"), ("base", "new")) else key
+
+
+def _stand_in(values: dict[str, Any], key: Key, *, is_unknown: bool = False) -> None:
+    section: Any = values
+    for part in key[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        return
+    if key in STAND_IN and not is_unknown:
+        section[str(key[-1])] = copy.deepcopy(STAND_IN[key])
+    else:
+        section.pop(key[-1], None)
+
+
+def _is_sound(clash: Clash, spoiled: set[Key]) -> bool:
+    """Whether nothing that the clash hangs on was wrong by itself; what was is complained about once."""
+    for at in (clash.at, *clash.needs):
+        key = _key(at)
+        if any(key[: len(one)] == one or one[: len(key)] == key for one in spoiled):
+            return False
+    return True
+
+
+def _key(name: str) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def _by_place(problem: Problem) -> tuple[bool, int]:
+    return problem.where.startswith("override "), problem.line or 0

@@ -1,0 +1,82 @@
+"""What to say about a key that is none: the words of other tools, the keys of other sections, the nearest key."""
+
+from toolkit.recipe.adapter import KINDS, PeftKind
+from toolkit.recipe.model import Base, Clean, Columns, Data, Evaluate, Labels, NewBase, NewShape, Recipe, Serve, Train
+from toolkit.recipe.nearest import did_you_mean, nearest
+from toolkit.recipe.section import Section
+from toolkit.recipe.tree import Key, dotted
+from toolkit.recipe.words import ALSO, NO_KEY, NOT_IN_THIS_VERSION, PLACE_OF, normal
+
+PLACES: tuple[tuple[str, type[Section]], ...] = (
+    ("", Recipe), ("base", Base), ("base", NewBase), ("base.new", NewShape), ("data", Data), ("data.format", Columns),
+    ("data.format", Labels), ("data.clean", Clean), *(("adapter", section) for section in KINDS.values()),
+    ("adapter", PeftKind), ("train", Train), ("evaluate", Evaluate), ("serve", Serve),
+)  # fmt: skip
+
+# Every key of a recipe, with the places and sections that have it.
+OWNERS: dict[str, list[tuple[str, type[Section]]]] = {}
+for _place, _section in PLACES:
+    for _name in _section.model_fields:
+        OWNERS.setdefault(_name, []).append((_place, _section))
+
+
+def unknown_key(key: Key, section: type[Section]) -> tuple[str, str | None]:
+    """What to say about a key that `section` does not have, and the dotted key that was probably meant."""
+    word, at = str(key[-1]), dotted(key[:-1])
+    known = normal(word)
+    if dotted(key) in NOT_IN_THIS_VERSION:
+        return "not in this version. Remove it", None
+    if {word, *section.model_fields} >= {"new", "model"} and at == "base":
+        return "a base exists already (model) or is made (new), not both. Remove one", None
+    if known in section.model_fields:
+        return f"is spelled {known}", _join(at, known)
+    if section is PeftKind and known not in PLACE_OF:
+        return f"not a key of {section.called}. PEFT's own keys stand under options: {{{word}: …}}", None
+    if known in PLACE_OF:
+        return _called(known, at, section)
+    if known not in NO_KEY and known in OWNERS:
+        return _belongs(known, at, section)
+    if known in NO_KEY:
+        return f"no key here: {NO_KEY[known]}. Remove it", None
+    return _nearest(word, at, section)
+
+
+def _called(word: str, at: str, section: type[Section]) -> tuple[str, str]:
+    target = PLACE_OF[word]
+    place, _, name = target.rpartition(".")
+    also = f". {ALSO[word]}" if word in ALSO else ""
+    if place != at:
+        return f"here it is {target}{also}", target
+    if name in section.model_fields:
+        return f"here it is called {name}{also}", target
+    if section is PeftKind:
+        return f"not a key of {section.called}. PEFT's own keys stand under options: {{{word}: …}}", target
+    return f"here it is called {name}, and {section.called} has none. Remove it", target
+
+
+def _belongs(name: str, at: str, section: type[Section]) -> tuple[str, str]:
+    owners = OWNERS[name]
+    here = [owner.called for place, owner in owners if place == at]
+    if here:
+        return f"is a key of {' and of '.join(here)}, not of {section.called}. Remove it", _join(at, name)
+    places = sorted({_join(place, name) for place, _ in owners})
+    return f"stands in the wrong section. Write {' or '.join(places)}", places[0]
+
+
+def _nearest(word: str, at: str, section: type[Section]) -> tuple[str, str | None]:
+    says = f"not a key of {section.called}"
+    guess = nearest(word, [name for name in section.model_fields if name != "kind"] or ["kind"])
+    if guess:
+        return says + did_you_mean(guess), _join(at, guess)
+    owned = nearest(word, OWNERS, 0.75)
+    if owned:
+        place = _join(OWNERS[owned][0][0], owned)
+        return says + did_you_mean(place), place
+    other = nearest(word, PLACE_OF, 0.85)
+    if other:
+        return says + did_you_mean(PLACE_OF[other]), PLACE_OF[other]
+    return f"{says}. It has: {', '.join(section.model_fields)}", None
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name

@@ -1,0 +1,150 @@
+"""What a recipe needs from this machine: files that exist, packages that are installed. Nothing heavy is opened."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from toolkit.recipe.adapter import Lora, PeftKind
+from toolkit.recipe.explain import shown
+from toolkit.recipe.model import Base, Recipe
+from toolkit.recipe.nearest import did_you_mean, nearest_file
+from toolkit.recipe.sense import Clash
+from toolkit.shipped import PREFIX, resolve, shipped
+
+HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+)?(:[^:\s]*){0,2}")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+PATH_SIGNS = ("./", "../", "/", "~", ".\\", "..\\")
+
+
+def lacks(recipe: Recipe) -> Iterator[Clash]:
+    """What the recipe names and this machine lacks; files that would be learned and be the judge of it."""
+    yield from _packages(recipe)
+    yield from _base(recipe)
+    lists = _file_lists(recipe)
+    for at, name in lists:
+        yield from _file(at, name)
+    yield from _shared(recipe, lists)
+    if recipe.evaluate.prompts is not None:
+        yield from _file("evaluate.prompts", recipe.evaluate.prompts)
+
+
+def _packages(recipe: Recipe) -> Iterator[Clash]:
+    if isinstance(recipe.base, Base) and recipe.base.quantize == "nf4" and find_spec("bitsandbytes") is None:
+        says = "nf4 needs bitsandbytes. Run pip install 'maltu[gpu]', or write quantize: none"
+        yield Clash("base.quantize", says)
+    for index, tracker in enumerate(recipe.track):
+        if find_spec(tracker) is None:
+            package = "'maltu[trackio]'" if tracker == "trackio" else tracker
+            says = f"{tracker} is not installed. Run pip install {package}, or leave it out"
+            yield Clash(f"track.{index}", says)
+
+
+def folder_of(model: str) -> Path | None:
+    """The folder that `base.model` names, or None when it is a catalogue name or a hub id."""
+    folder = Path(os.path.expanduser(model))
+    return folder if model.startswith(PATH_SIGNS) or folder.is_absolute() or os.path.exists(folder) else None
+
+
+def _base(recipe: Recipe) -> Iterator[Clash]:
+    base = recipe.base
+    if not isinstance(base, Base):
+        return
+    folder = folder_of(base.model)
+    if folder is None:
+        yield from _base_name(base.model)
+    elif not os.path.exists(folder):
+        yield Clash("base.model", f"there is no folder {shown(base.model)}{did_you_mean(nearest_file(folder))}")
+    elif not os.path.isdir(folder):
+        yield Clash("base.model", f"'{base.model}' is a file. Name the folder that holds config.json and the weights")
+    elif not os.path.isfile(folder / "config.json"):
+        yield Clash("base.model", f"'{base.model}' holds no config.json, so it is no model. Name a model's folder")
+    if folder is not None and base.revision is not None:
+        yield Clash("base.revision", "a folder has no revisions. Remove it, or name a hub id", ("base.model",))
+    if _is_tied(shipped("base/spoken-mini") if base.model == "spoken-mini" else folder):
+        yield from _on_tied(recipe)
+
+
+def _base_name(model: str) -> Iterator[Clash]:
+    if "huggingface.co/" in model:
+        name = "/".join(model.split("huggingface.co/")[1].split("/")[:2])
+        yield Clash("base.model", f"is a web address. Write the hub id: {name}")
+    elif model.startswith(PREFIX):
+        yield Clash("base.model", "a shipped base is named by its catalogue name, as in spoken-mini")
+    elif not HUB_ID.fullmatch(model):
+        yield Clash("base.model", f"{shown(model)} is no catalogue name, no hub id (owner/name) and no folder here")
+
+
+def _is_tied(folder: Path | None) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes()) if folder else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("tie_word_embeddings") is True
+
+
+def _on_tied(recipe: Recipe) -> Iterator[Clash]:
+    adapter, needs = recipe.adapter, ("base.model", "adapter.kind")
+    says = "this base ties its head to its embeddings, so an adapter on them would change both. Use kind: embedding"
+    if isinstance(adapter, Lora) and "embed_tokens" in adapter.targets:
+        yield Clash("adapter.targets", says, needs)
+    if isinstance(adapter, PeftKind) and adapter.options.get("trainable_token_indices") is not None:
+        yield Clash("adapter.options.trainable_token_indices", says, needs)
+
+
+def _file_lists(recipe: Recipe) -> list[tuple[str, str]]:
+    lists = {"train": recipe.data.train, "valid": recipe.data.valid, "test": recipe.data.test}
+    return [
+        (f"data.{split}.{index}", name)
+        for split, names in lists.items()
+        if isinstance(names, tuple)
+        for index, name in enumerate(names)
+    ]
+
+
+def _file(at: str, name: str) -> Iterator[Clash]:
+    if name.startswith("hub:"):
+        if not HUB.fullmatch(name):
+            yield Clash(at, f"'{name}' is not hub:NAME[:config][:split], as in hub:owner/name:default:train")
+        return
+    path = resolve(name)  # asked by os.path: pathlib raises OSError for a name that is too long
+    if os.path.isfile(path):
+        if not os.access(path, os.R_OK):
+            yield Clash(at, f"'{name}' may not be read. Change its permissions")
+    elif os.path.isdir(path):
+        yield Clash(at, f"'{name}' is a folder. List its files")
+    elif name.startswith(("http://", "https://")):
+        yield Clash(at, f"'{name}' is a web address. Fetch the file first, or write hub:NAME")
+    else:
+        yield Clash(at, f"there is no file {shown(name)}{_where_else(name, path)}")
+
+
+def _where_else(name: str, path: Path) -> str:
+    for folder in ("talk", "speech", ""):
+        own = f"{folder}/{path.name}".lstrip("/")
+        if not name.startswith(PREFIX) and os.path.isfile(shipped(own)):
+            return did_you_mean(PREFIX + own)
+    if any(sign in name for sign in "*?[") or name.startswith("~"):
+        return ". Patterns and ~ are not filled in: write the whole path of each file"
+    near = nearest_file(path)
+    if near and name.startswith(PREFIX):
+        near = name[: len(name) - len(path.name)] + Path(near).name
+    return did_you_mean(near) if near else f" in {Path.cwd()}" if not path.is_absolute() else ""
+
+
+def _shared(recipe: Recipe, lists: list[tuple[str, str]]) -> Iterator[Clash]:
+    """Files named twice: in two splits they would be learned and judged at once; in one, cleaning drops the copies."""
+    seen: dict[str, str] = {}
+    for at, name in lists:
+        same = name if name.startswith("hub:") else os.path.realpath(resolve(name))
+        first = seen.setdefault(same, at)
+        if first == at:
+            continue
+        split, other = at.split(".")[1], first.split(".")[1]
+        if split != other:
+            says = f"'{name}' is in {other} too, so what is learned would also be the judge. Keep it in one of them"
+            yield Clash(at, says, (first,))
+        elif recipe.data.clean.duplicates == "exact":
+            yield Clash(at, f"'{name}' is listed twice and its copies would be dropped. Remove one", (first,))
