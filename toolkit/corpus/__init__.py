@@ -1,0 +1,1 @@
+"""From files of talk to tokens and labels."""
