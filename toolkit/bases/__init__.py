@@ -1,0 +1,1 @@
+"""The models that adapters stand on: known, loaded, or made from scratch."""
