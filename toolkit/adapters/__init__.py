@@ -1,0 +1,1 @@
+"""What can be taught beside a frozen base; one file a kind."""
