@@ -1,0 +1,167 @@
+"""Which label a model gives a text: the one whose words it finds likeliest as the answer, token by token."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from toolkit.corpus.render import IGNORED, Renderer
+from toolkit.corpus.talk import Talk, Turn
+from toolkit.errors import DataError, Problem
+from toolkit.evaluate import metrics
+from toolkit.score import score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good labels are, and how well their probabilities say so. `confusion` has a row for each gold label."""
+
+    n: int
+    labels: tuple[str, ...]
+    accuracy: float
+    macro_f1: float
+    log_loss: float
+    calibration_error: float
+    confusion: tuple[tuple[int, ...], ...]
+
+    def summary(self) -> dict[str, float]:
+        """The numbers for a table or metrics.jsonl."""
+        return {
+            "n": self.n,
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "log_loss": self.log_loss,
+            "calibration_error": self.calibration_error,
+        }
+
+
+def label_set(talks: Sequence[Talk]) -> tuple[str, ...]:
+    """The labels of labelled talks, each once, in the order of the alphabet.
+
+    Raises: DataError for talks without a label, or with one label alone, between which there is nothing to choose.
+    """
+    found = set(gold_labels(talks))
+    if len(found) < 2:
+        says = f"{', '.join(found)} is the only label: a classifier chooses between two or more."
+        raise DataError("labels", [Problem("", says)])
+    return tuple(sorted(found))
+
+
+def classify(
+    model: nn.Module,
+    renderer: Renderer,
+    texts: Sequence[Sequence[Turn]],
+    labels: Sequence[str],
+    *,
+    batch_tokens: int = 8192,
+) -> list[dict[str, float]]:
+    """For every text (turns to answer) the probability of every label, which sum to 1.
+
+    A label's score is the mean log-likelihood of its tokens as the answer, the end of turn among them, so that a long
+    label is not punished and 좋음 is told from 좋음 아님; probabilities are the softmax of the scores. Cost: each text
+    is computed once, each label after it.
+    """
+    ends = {label: _label_ids(renderer, label) for label in labels}
+    prompts = [renderer.prompt(turns) for turns in texts]
+    found = score(model, [(prompt, ends[label]) for prompt in prompts for label in labels], batch_tokens=batch_tokens)
+    means = [sum(values) / len(values) for values in found]
+    n = len(labels)
+    return [_softmax(labels, means[place * n : place * n + n]) for place in range(len(texts))]
+
+
+def likeliest(probabilities: Sequence[Mapping[str, float]]) -> list[str]:
+    """The label with the highest probability of each; the first of several."""
+    return [max(of, key=of.__getitem__) for of in probabilities]
+
+
+def scores_of(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]], labels: Sequence[str]) -> Scores:
+    """Compare probabilities with gold labels. Raises: DataError for gold labels that were not to choose from."""
+    unknown = sorted(set(gold) - set(labels))
+    if unknown:
+        known = ", ".join(labels)
+        says = f"{', '.join(unknown)}: not among the labels learned ({known}). Put rows with them in data.train."
+        raise DataError("labels", [Problem("", says)])
+    said = likeliest(probabilities)
+    return Scores(
+        n=len(gold),
+        labels=tuple(labels),
+        accuracy=metrics.accuracy(gold, said),
+        macro_f1=metrics.macro_f1(gold, said, labels),
+        log_loss=metrics.log_loss(gold, probabilities),
+        calibration_error=metrics.expected_calibration_error(gold, probabilities),
+        confusion=tuple(map(tuple, metrics.confusion(gold, said, labels))),
+    )
+
+
+def classify_talks(
+    model: nn.Module, renderer: Renderer, talks: Sequence[Talk], labels: Sequence[str], *, batch_tokens: int = 8192
+) -> list[dict[str, float]]:
+    """`classify` for labelled talks, whose last turn is the label's word and is not shown to the model."""
+    return classify(model, renderer, [talk.turns[:-1] for talk in talks], labels, batch_tokens=batch_tokens)
+
+
+def measure_labels(
+    talks: Sequence[Talk], said: Sequence[Mapping[str, float]], labels: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What `classify_talks` said against the labels of the talks, as JSON: each number over all talks and by language.
+
+    Raises: DataError for talks without a label, or with one that is not in `labels`.
+    """
+    groups = {"all": list(zip(talks, said, strict=True))}
+    for lang in sorted({talk.lang for talk in talks if talk.lang is not None}):
+        groups[lang] = [(talk, of) for talk, of in groups["all"] if talk.lang == lang]
+    found: dict[str, dict[str, Any]] = {}
+    for group, pairs in groups.items():
+        scores = scores_of(gold_labels([talk for talk, _ in pairs]), [of for _, of in pairs], labels)
+        for name, value in scores.summary().items():
+            if name != "n":
+                found.setdefault(name.replace("_", " "), {})[group] = value
+        if group == "all":
+            confusion = {"labels": list(scores.labels), "rows": [list(row) for row in scores.confusion]}
+    return found | {"confusion": confusion}
+
+
+def gold_labels(talks: Sequence[Talk]) -> list[str]:
+    """The label of every talk. Raises: DataError where one is missing, or where there is no talk."""
+    found = [talk.label for talk in talks if talk.label is not None]
+    if not found or len(found) < len(talks):
+        says = f"{len(talks) - len(found)} of {len(talks)} texts have no label. Use data.format kind labels."
+        raise DataError("labels", [Problem("", says)])
+    return found
+
+
+def scores_table(scores: Mapping[str, Scores]) -> str:
+    """A Markdown table of classifiers side by side, and the confusion of the first."""
+    lines = ["| classifier | accuracy | macro-F1 | log loss | calibration error |", "|---|---|---|---|---|"]
+    for name, of in scores.items():
+        numbers = (of.accuracy, of.macro_f1, of.log_loss, of.calibration_error)
+        lines.append(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+    name, first = next(iter(scores.items()))
+    lines += ["", f"{name}, {first.n} texts: gold label in the row, given label in the column.", ""]
+    cells = [label.replace("|", r"\|").replace("\n", " ") for label in first.labels]
+    lines += ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    for label, row in zip(cells, first.confusion, strict=True):
+        lines.append(f"| {label} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _label_ids(renderer: Renderer, label: str) -> list[int]:
+    """The label's word as an answer with the end of turn: the same ids after every text, since pieces are encoded
+    apart.
+    """
+    asked = (Turn("user", "?"),)
+    row = renderer.training(Talk((*asked, Turn("assistant", label)), f"label {label!r}"))
+    n_prompt = len(renderer.prompt(asked))
+    if row.dropped is not None or row.labels[n_prompt:].count(IGNORED):
+        raise DataError(
+            f"label {label!r}", [Problem("", f"cannot be an answer of this base ({row.dropped}). Rename it.")]
+        )
+    return row.input_ids[n_prompt:]
+
+
+def _softmax(labels: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    highest = max(values)
+    weights = [math.exp(value - highest) for value in values]
+    return {label: weight / sum(weights) for label, weight in zip(labels, weights, strict=True)}
