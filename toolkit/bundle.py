@@ -1,0 +1,153 @@
+"""The run folder: read, write, lock, version; all that serving ever sees of training.
+
+Every file is written beside its place and renamed into it, so that a killed run leaves the old file or the new one.
+A folder is known to be a run by its run.json; `version` there says which layout it has. Nothing here loads a model.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from toolkit.disk import COMPLETE, make_folder, stamp, write_json
+from toolkit.errors import RunError
+
+VERSION = 1
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+
+
+class Run:
+    """One run folder. Paths are computed, never stored, so that a moved or copied folder still works."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The run's name: its folder's."""
+        return self.path.name
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an unfinished run keeps what it needs to go on."""
+        return self.path / "checkpoints"
+
+    def adapter(self, name: str = "main") -> Path:
+        """The folder of one adapter; `model/` holds the weights where every parameter was trained."""
+        return self.path / "adapters" / name
+
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are there, sorted."""
+        folder = self.path / "adapters"
+        return (
+            tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."))
+            if folder.is_dir()
+            else ()
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """run.json, whole. Raises RunError when it is missing, damaged or of a layout this version does not read."""
+        file = self.path / RUN_FILE
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path}: not a run folder (no {RUN_FILE}). Name a folder that training wrote."
+            ) from None
+        except (OSError, ValueError) as broken:
+            raise RunError(
+                f"{file}: cannot be read ({broken}). Restore it from a copy, or train again with --fresh."
+            ) from broken
+        if not isinstance(facts, dict) or facts.get("version") != VERSION:
+            found = facts.get("version") if isinstance(facts, dict) else None
+            raise RunError(f"{file}: layout version {found!r}; this version of Maltu reads {VERSION}. Update Maltu.")
+        return facts
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Write changed facts into run.json; what is not named stays."""
+        facts = {
+            "version": VERSION,
+            "name": self.name,
+            **(self.facts() if (self.path / RUN_FILE).exists() else {}),
+            **changes,
+        }
+        facts["updated"] = stamp()
+        write_json(self.path / RUN_FILE, facts)
+        return facts
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; a second process is refused at once with RunError."""
+        make_folder(self.path)
+        try:
+            file = (self.path / LOCK_FILE).open("a+", encoding="utf-8")
+        except OSError as denied:
+            raise RunError(
+                f"{self.path}: cannot be written ({denied.strerror}). Check its permissions, or name=… another run."
+            ) from None
+        with file:
+            _take_lock(file, self.path)
+            yield
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose marker is there; torn ones do not count."""
+        found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
+        whole = [p for p in found if (p / COMPLETE).is_file()]
+        return whole[-1] if whole else None
+
+
+def _take_lock(file: IO[str], path: Path) -> None:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            getattr(msvcrt, "locking")(file.fileno(), getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise RunError(
+            f"{path}: another process is working on this run ({file.read().strip() or 'unknown'})."
+            " Wait for it, or name=… another run."
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"pid {os.getpid()}, since {stamp()}")
+    file.flush()
+
+
+def open_run(path: Path | str) -> Run:
+    """A finished or unfinished run that exists. Raises RunError when the folder is no run."""
+    run = Run(Path(path))
+    run.facts()
+    return run
+
+
+def set_aside(run: Run) -> Path:
+    """Move a run folder to runs/.old/NAME-TIME, never deleting anything; returns where it lies now."""
+    old = run.path.parent / ".old" / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}"
+    make_folder(old.parent)
+    os.replace(run.path, old)
+    return old
+
+
+def drop_checkpoints(run: Run, keep: Sequence[int]) -> None:
+    """Drop what only an unfinished run needs; checkpoints of the steps in `keep` stay."""
+    kept = {f"step-{step:08d}" for step in keep}
+    for path in run.checkpoints.iterdir() if run.checkpoints.is_dir() else ():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if run.checkpoints.is_dir() and not any(run.checkpoints.iterdir()):
+        run.checkpoints.rmdir()

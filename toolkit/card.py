@@ -1,0 +1,162 @@
+"""What a run says of itself: the table at the end of training, and README.md in its folder (a model card)."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from toolkit import disk
+from toolkit.bundle import Run
+
+N_SHOWN = 3  # samples a language in the terminal
+FALLS = ("loss", "content loss", "bits per byte")  # better when lower; shown with the change in per cent
+
+
+def show_result(run: Run, console: Console) -> None:
+    """Print before against after, a few answers side by side, and what to do next."""
+    results = run.facts()["results"]
+    show_numbers(results, run.name, console)
+    for lang, shown in _by_language(results).items():
+        for old, new in shown[:N_SHOWN]:
+            console.print(f"[bold]{lang}[/bold]  {_plain(new['prompt'])}", highlight=False)
+            if old is not None:
+                console.print(f"    base   {_plain(old['answer'])}", highlight=False)
+            console.print(f"    now    {_plain(new['answer'])}\n", highlight=False)
+    path = run.path
+    console.print(
+        f"Next:  python -m toolkit chat {path}      talk to it\n"
+        f"       python -m serve {path}             serve it, with a page\n"
+        f"       {path / 'samples.md'}: every answer, before and after",
+        highlight=False,
+    )
+
+
+def show_numbers(results: dict[str, Any], name: str, console: Console) -> None:
+    """Print before and after as a table: a metric a row, three columns a language."""
+    rows = {(row.metric, row.lang): row for row in compared(results)}
+    langs = sorted({lang for _, lang in rows}, key=lambda lang: (lang != "", lang))
+    langs = [lang for lang in langs if lang] or [""]  # with languages there is no need for all of them together
+    table = Table()
+    table.add_column("")
+    for lang in langs:
+        for column in (f"{lang} base".strip(), f"{lang} {name}".strip(), "change"):
+            table.add_column(column, justify="right")
+    for metric in dict.fromkeys(metric for metric, _ in rows):
+        cells = [rows.get((metric, lang)) or rows.get((metric, "")) for lang in langs]
+        table.add_row(metric, *(text for cell in cells for text in (cell.texts() if cell else ("", "", ""))))
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One number before and after; None where it was not measured. lang is empty for all languages together."""
+
+    metric: str
+    lang: str
+    before: float | None
+    after: float | None
+
+    def texts(self) -> tuple[str, str, str]:
+        """Before, after and, where lower is better, the change."""
+        return _number(self.before), _number(self.after), self._change()
+
+    def _change(self) -> str:
+        if self.before is None or self.after is None or not self.metric.startswith(FALLS) or self.before == 0:
+            return ""
+        return f"{100 * (self.after - self.before) / self.before:+.1f} %"
+
+
+def compared(results: dict[str, Any]) -> list[Compared]:
+    """Every number of after beside that of before, in the order in which they were measured."""
+    before, after = _flat(results.get("before") or {}), _flat(results.get("after") or {})
+    return [Compared(metric, lang, before.get((metric, lang)), value) for (metric, lang), value in after.items()]
+
+
+def _flat(measured: dict[str, Any]) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], float] = {}
+    for metric, values in measured.items():
+        for lang, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int | float):
+                is_baseline = metric == "baselines"
+                found[(lang, "") if is_baseline else (metric, "" if lang == "all" else lang)] = float(value)
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _by_language(results: dict[str, Any]) -> dict[str, list[tuple[dict[str, Any] | None, dict[str, Any]]]]:
+    old = {s["prompt"]: s for s in (results.get("before") or {}).get("samples", ())}
+    found: dict[str, list[tuple[dict[str, Any] | None, dict[str, Any]]]] = {}
+    for sample in (results.get("after") or {}).get("samples", ()):
+        found.setdefault(sample.get("lang") or "", []).append((old.get(sample["prompt"]), sample))
+    return found
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+def write_card(run: Run) -> None:
+    """README.md of the run: recipe, data with hashes, results, how to load and serve. Readable on a model hub as it
+    is.
+    """
+    facts = run.facts()
+    rows = "\n".join(f"| {row.metric} {row.lang} | {' | '.join(row.texts())} |" for row in compared(facts["results"]))
+    data = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in facts["inputs"]["data"].items())
+    parts, around = facts["data"]["parts"], facts["surroundings"]
+    recipe = run.recipe_file.read_text(encoding="utf-8")
+    base = facts["base"]
+    is_whole = (run.path / "model").is_dir()
+    heading = [
+        "---",
+        *([] if is_whole or base["model"] == "new" else [f"base_model: {json.dumps(base['model'])}"]),
+        "library_name: " + ("transformers" if is_whole else "peft"),
+        "tags: [maltu]",
+        "---",
+    ]
+    text = f"""# {run.name}
+
+Trained with Maltu {around["versions"]["maltu"]}: `{facts["command"]}`
+
+| on held-out talk and prompts | base | {run.name} | change |
+|---|---|---|---|
+{rows}
+
+Learned from {parts["train"]:,} conversations, watched on {parts["valid"]:,}, judged by {parts["test"]:,};
+{facts["fit"]["steps"]:,} steps, best at {facts["fit"]["best_step"] or facts["fit"]["steps"]:,},
+{facts["fit"]["seconds"]:.0f} s on {around["device"]} ({around["threads"]} threads). Answers side by side: samples.md.
+
+## Use it
+
+    python -m toolkit chat RUN
+    python -m serve RUN
+{_load_lines(run, base, is_whole)}
+## Data
+
+| file | SHA-256 |
+|---|---|
+{data}
+
+Base: {base["model"]}, SHA-256 of its files `{base["hash"][:16]}`.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+    disk.write_text(run.path / "README.md", "\n".join(heading) + "\n" + text)
+
+
+def _load_lines(run: Run, base: dict[str, Any], is_whole: bool) -> str:
+    if is_whole:
+        return '\nIn Python: `AutoModelForCausalLM.from_pretrained("RUN/model")`.\n'
+    config = run.adapter() / "adapter_config.json"
+    if "peft_type" in json.loads(config.read_text(encoding="utf-8")):
+        return '\nIn Python: `PeftModel.from_pretrained(base_model, "RUN/adapters/main")`.\n'
+    return "\nIn Python: `toolkit.loaded.load_run(RUN).model` (a kind that PEFT does not have).\n"

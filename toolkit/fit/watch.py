@@ -1,0 +1,155 @@
+"""What looks at a run while it trains: held-out loss, patience, the best so far, checkpoints by the clock, a wish to
+stop.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from toolkit import bundle, disk
+from toolkit.fit.display import Display
+from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, restore, trainable
+from toolkit.track import Track
+
+CHECKPOINT_S = 20.0  # at most this much work, and the time of one save, is repeated after a kill
+SAVE_SHARE = 10.0  # a save may cost a tenth of the time: slow saves come less often
+
+
+@dataclass(frozen=True)
+class Looks:
+    """When to look and how long to hope: steps that are followed by an evaluation, and evaluations without a better
+    one.
+    """
+
+    steps: tuple[int, ...]
+    patience: int | None
+    evaluate: Callable[[nn.Module], float] | None
+
+
+class Watch(TrainerCallback):
+    """Calls the evaluation, keeps the best, saves by the clock. All it remembers is in `trainer.watch`, which
+    checkpoints carry.
+    """
+
+    def __init__(self, run: bundle.Run, looks: Looks, track: Track, display: Display) -> None:
+        self.run, self.looks, self.track, self.display = run, looks, track, display
+        self.trainer: Trainer | None = None
+        self.stop_asked = False
+        self._saved_at = time.monotonic()
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What travels with checkpoints: best_step, best_loss, bad (evaluations since the best), first losses."""
+        assert self.trainer is not None
+        return self.trainer.watch
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A run that had already lost patience when it was killed does not train on."""
+        self._saved_at = time.monotonic()
+        if self._is_out_of_patience():
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Numbers of a step go to the track and the display."""
+        if logs and "loss" in logs:
+            assert self.trainer is not None
+            values = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            if state.is_world_process_zero:
+                self.track.log(state.global_step, **values)
+            self.display.step(state.global_step, values["loss"], self.trainer.n_tokens)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate where it is due, then decide on saving and stopping."""
+        assert self.trainer is not None
+        if self.looks.evaluate is not None and state.global_step in self.looks.steps:
+            self._look(state)
+            if self._is_out_of_patience():
+                control.should_training_stop = True
+        control.should_log = True
+        since = time.monotonic() - self._saved_at
+        is_due = since >= max(CHECKPOINT_S, SAVE_SHARE * self.trainer.save_seconds)
+        if self.trainer.args.world_size > 1:
+            is_due = bool(self.trainer.accelerator.gather(_flag(self.trainer, is_due)).any())
+        if is_due or self.stop_asked or state.global_step in self.trainer.keep:
+            control.should_save = True
+        if self.stop_asked:
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The clock starts anew."""
+        self._saved_at = time.monotonic()
+
+    def _look(self, state: TrainerState) -> None:
+        assert self.trainer is not None and self.looks.evaluate is not None
+        model = self.trainer.model
+        was_training = model.training
+        model.eval()
+        loss = self.looks.evaluate(model)
+        model.train(was_training)
+        memory = self.memory
+        if loss < memory.get("best_loss", float("inf")):
+            memory.update(best_loss=loss, best_step=state.global_step, bad=0)
+            if state.is_world_process_zero:
+                tensors = trainable(model)
+                folder = self.run.checkpoints / best_name(state.global_step)
+                disk.write_folder(folder, lambda target: save_file(tensors, target / WEIGHTS_FILE), marker=True)
+        else:
+            memory["bad"] = memory.get("bad", 0) + 1
+        if state.is_world_process_zero:
+            self.track.log(state.global_step, valid_loss=loss)
+        self.display.valid(state.global_step, loss, memory["best_loss"])
+
+    def _is_out_of_patience(self) -> bool:
+        return self.looks.patience is not None and self.memory.get("bad", 0) >= self.looks.patience
+
+    def load_best(self, model: nn.Module) -> None:
+        """Put the best tensors back into the model; without an evaluation the last ones stay."""
+        if self.memory.get("best_step") is not None:
+            if self.trainer is not None:
+                self.trainer.accelerator.wait_for_everyone()  # process 0 may still be writing it
+            restore(model, load_file(self.run.checkpoints / best_name(self.memory["best_step"]) / WEIGHTS_FILE))
+
+
+def _flag(trainer: Trainer, value: bool) -> Any:
+    import torch
+
+    return torch.tensor([value], device=trainer.args.device)
+
+
+class StopOnSignal:
+    """Within, the first Ctrl-C or SIGTERM asks the watch to save and stop after this step; a second one interrupts
+    at once.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        """Take the signals, if this is the main thread."""
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self._watch.stop_asked:
+            raise KeyboardInterrupt
+        self._watch.stop_asked = True
+        self._watch.display.say("Stopping after this step; once more to stop at once.")

@@ -1,0 +1,249 @@
+"""Measure a model before and after, by what the task is for; and the verb `evaluate RUN [--data FILES]`."""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from toolkit import bundle, disk
+from toolkit.bases.load import LoadedBase
+from toolkit.bundle import Run
+from toolkit.card import compared, show_numbers
+from toolkit.corpus.gather import gather
+from toolkit.corpus.render import Rendered, Renderer
+from toolkit.corpus.talk import Talk
+from toolkit.evaluate.talk import (
+    Prompt,
+    Sample,
+    answer_prompts,
+    held_out_loss,
+    measure,
+    measure_by_language,
+    read_prompts,
+    samples_markdown,
+)
+from toolkit.generate import Sampling
+from toolkit.loaded import load_run
+from toolkit.recipe.model import Data, Recipe
+
+ANSWER_TOKENS = 60  # answers longer than this count as not ended
+N_TEXTS = 100  # held-out texts that text2text writes anew
+CACHE_VERSION = 1
+# Which numbers a metric of `evaluate.metrics` stands for, by how their names begin.
+NUMBERS = {
+    "loss": ("loss", "content loss"),
+    "bits_per_byte": ("bits per byte",),
+    "chrf": ("chrf",),
+    "distinct_2": ("distinct 2",),
+    "repetition": ("repetition",),
+    "length": ("mean tokens",),
+    "ends": ("ended",),
+    "levels": ("sentences", "answers"),
+    "accuracy": ("accuracy", "confusion"),
+    "macro_f1": ("macro f1",),
+    "log_loss": ("log loss", "calibration error"),
+}
+OF_LABELS = ("accuracy", "macro_f1", "log_loss")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model is judged by: held-out talks with their rows, in the same order, and the words it chooses from."""
+
+    talks: tuple[Talk, ...]
+    rows: tuple[Rendered, ...]
+    prompts: tuple[Prompt, ...]
+    labels: tuple[str, ...]
+    learned: tuple[Talk, ...]  # what baselines may learn from
+    metrics: tuple[str, ...] = tuple(NUMBERS)  # what of it is wanted
+
+
+class Judge:
+    """Measures models that share a tokenizer and a template on the same held-out talk and prompts."""
+
+    def __init__(self, task: str, base: LoadedBase, renderer: Renderer, held: Held, sampling: Sampling) -> None:
+        self.task, self.base, self.renderer, self.held, self.sampling = task, base, renderer, held, sampling
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """The numbers that are wanted, as JSON: groups of {all, ko, en …}, and the answers themselves."""
+        begins = tuple(begin for metric in self.held.metrics for begin in NUMBERS[metric])
+        found = self._everything(model)
+        return {name: of for name, of in found.items() if name.startswith((*begins, "samples", "baselines"))}
+
+    def _everything(self, model: nn.Module) -> dict[str, Any]:
+        found = self._losses(model)
+        if self.task == "classify":
+            return found | self._labels(model)
+        prompts = self.held.prompts if self.task == "chat" else _as_prompts(self.held.talks[:N_TEXTS])
+        if not prompts:
+            return found
+        samples = answer_prompts(model, self.base.tokenizer, self.renderer, prompts, self.sampling)
+        groups = {"all": measure(samples), **measure_by_language(samples)}
+        for lang, measured in groups.items():
+            for name, value in measured.summary().items():
+                is_korean = name.startswith(("sentences_", "answers_"))
+                if name != "n" and not (is_korean and lang != "ko"):
+                    found.setdefault(name.replace("_", " "), {})[lang] = value
+        return found | {"samples": [_as_json(sample) for sample in samples]}
+
+    def measure_base(self) -> dict[str, Any]:
+        """`measure` of the bare base; kept in the user's cache by hash of all that it depends on."""
+        file = cache_folder() / "judged" / f"{self._key()}.json"
+        if file.exists():
+            kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return kept
+        found = self.measure(self.base.model)
+        disk.make_folder(file.parent)
+        disk.write_json(file, found)
+        return found
+
+    def numbers(self, measured: dict[str, Any]) -> dict[str, float]:
+        """Flat numbers for a tracker."""
+        rows = compared({"after": measured})
+        return {f"test/{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
+
+    def samples_markdown(self, before: dict[str, Any], after: dict[str, Any]) -> str:
+        """samples.md; without a before (a base from scratch) the answers stand alone twice."""
+        prompts = self.held.prompts if self.task == "chat" else _as_prompts(self.held.talks[:N_TEXTS])
+        new = _as_samples(prompts, after.get("samples", []))
+        old = _as_samples(prompts, before.get("samples", [])) or [replace(sample, answer="") for sample in new]
+        return samples_markdown(old, new)
+
+    def _losses(self, model: nn.Module) -> dict[str, Any]:
+        if not self.held.rows:
+            return {}
+        langs = [talk.lang or guess_language(talk) for talk in self.held.talks]
+        measured = held_out_loss(model, self.base.tokenizer, self.held.rows, langs)
+        groups = {"all": measured, **measured.by_language()}
+        return {
+            "loss": {lang: of.loss for lang, of in groups.items()},
+            "content loss": {lang: of.content_loss for lang, of in groups.items()},
+            "bits per byte": {lang: of.bits_per_byte for lang, of in groups.items()},
+        }
+
+    def _labels(self, model: nn.Module) -> dict[str, Any]:
+        if not self.held.talks:
+            return {}
+        from toolkit.evaluate.baselines import baselines  # here: scikit-learn is slow
+        from toolkit.evaluate.classify import classify_talks, measure_labels
+
+        said = classify_talks(model, self.renderer, self.held.talks, self.held.labels)
+        measured = measure_labels(self.held.talks, said, self.held.labels)
+        others = baselines(self.held.learned, self.held.talks, self.held.labels)
+        return {**measured, "baselines": others}
+
+    def _key(self) -> str:
+        parts = [CACHE_VERSION, self.task, self.base.hash, self.renderer.template, str(self.sampling), self.held.labels]
+        digest = hashlib.sha256(json.dumps(parts).encode())
+        for row in self.held.rows:
+            digest.update(repr((row.input_ids, row.labels)).encode())
+        digest.update(repr(self.held.prompts).encode())
+        digest.update(repr((len(self.held.learned), self.held.metrics)).encode())
+        return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where measurements of bases are kept: XDG_CACHE_HOME/maltu, or ~/.cache/maltu."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maltu"
+
+
+def guess_language(talk: Talk) -> str | None:
+    """ko where a tenth of the letters are Hangul, en where letters are ASCII, else None."""
+    letters = [sign for turn in talk.turns for sign in turn.content if sign.isalpha()]
+    hangul = sum("가" <= sign <= "힣" for sign in letters)
+    if letters and hangul * 10 >= len(letters):
+        return "ko"
+    return "en" if letters and sum(sign.isascii() for sign in letters) * 10 >= 9 * len(letters) else None
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How prompts are answered when judged: as the run is served, but no longer than ANSWER_TOKENS, and seeded."""
+    serve = recipe.serve
+    return Sampling(serve.temperature, serve.top_p, max_tokens=ANSWER_TOKENS, seed=recipe.train.seed)
+
+
+def prompts_of(recipe: Recipe) -> tuple[Prompt, ...]:
+    """The recipe's prompts; only a chat has any."""
+    if recipe.task != "chat" or not recipe.evaluate.prompts:
+        return ()
+    return tuple(read_prompts(recipe.evaluate.prompts))
+
+
+def metrics_of(recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's metrics; a classifier is always told its labels' scores."""
+    asked = recipe.evaluate.metrics
+    return (*asked, *(() if recipe.task != "classify" or set(asked) & set(OF_LABELS) else OF_LABELS))
+
+
+def labels_of(talks: Sequence[Talk]) -> tuple[str, ...]:
+    """The labels that occur, sorted."""
+    return tuple(sorted({talk.label for talk in talks if talk.label is not None}))
+
+
+def _as_prompts(talks: Sequence[Talk]) -> tuple[Prompt, ...]:
+    return tuple(
+        Prompt(talk.source, talk.turns[:-1], talk.lang or guess_language(talk), talk.turns[-1].content)
+        for talk in talks
+        if talk.turns[-1].role == "assistant" and len(talk.turns) > 1
+    )
+
+
+def _as_json(sample: Sample) -> dict[str, Any]:
+    return {
+        "name": sample.prompt.name,
+        "lang": sample.prompt.lang,
+        "prompt": sample.prompt.turns[-1].content,
+        "answer": sample.answer,
+        "finish": sample.finish,
+        "n_tokens": sample.n_tokens,
+    }
+
+
+def _as_samples(prompts: Sequence[Prompt], found: Sequence[dict[str, Any]]) -> list[Sample]:
+    by_name = {prompt.name: prompt for prompt in prompts}
+    return [Sample(by_name[s["name"]], s["answer"], s["finish"], s["n_tokens"]) for s in found if s["name"] in by_name]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """evaluate RUN [--data FILES] [--device D]."""
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="measure on these files instead of the held-out talk")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Show what training measured; with --data measure base and run on those files."""
+    console = Console()
+    run: Run = bundle.open_run(arguments.run)
+    if not arguments.data:
+        show_numbers(run.facts()["results"], run.name, console)
+        return 0
+    from toolkit.recipe.read import read_recipe
+
+    recipe = read_recipe(run.recipe_file, to_run=False)
+    results: dict[str, dict[str, Any]] = {}
+    for name, with_adapter in (("before", False), ("after", True)):
+        loaded = load_run(arguments.run, arguments.device, with_adapter=with_adapter)
+        data = Data(train=tuple(arguments.data), valid=0, test=0, format=recipe.data.format, system=recipe.data.system)
+        talks = list(gather(data, recipe.train.seed, None).train)
+        rows = list(loaded.renderer.training_all(talks))
+        kept = [i for i, row in enumerate(rows) if not row.dropped]
+        held = Held(
+            tuple(talks[i] for i in kept),
+            tuple(rows[i] for i in kept),
+            prompts_of(recipe),
+            loaded.labels,
+            tuple(talks),
+            metrics_of(recipe),
+        )
+        judge = Judge(recipe.task, loaded.base, loaded.renderer, held, sampling_of(recipe))
+        results[name] = judge.measure(loaded.model)
+    show_numbers(results, run.name, console)
+    return 0

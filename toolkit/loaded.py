@@ -1,0 +1,104 @@
+"""A run opened for use: its base, its adapter on it, and the renderer it was trained with.
+
+The door of chat, evaluate, export and the server: they know a run by its folder alone and never see how it was trained.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.adapters.kinds import kind_in_folder
+from toolkit.bases.load import LoadedBase, load_base
+from toolkit.bundle import Run, open_run
+from toolkit.corpus.render import Renderer
+from toolkit.errors import BaseError, RunError
+from toolkit.recipe.model import Base
+
+WHOLE_MODEL = "model"  # where a run keeps its weights when every parameter was trained
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run ready to answer. `model` is base and adapter, in eval mode; `sampling` are the run's own defaults for it.
+
+    ends: token ids that end an answer. facts: run.json. labels: the words a classifier chooses from, else empty.
+    """
+
+    run: Run
+    facts: dict[str, Any]
+    base: LoadedBase
+    model: nn.Module
+    renderer: Renderer
+    sampling: dict[str, Any]
+    ends: frozenset[int]
+    labels: tuple[str, ...]
+
+
+def pick_device(asked: str = "auto") -> torch.device:
+    """The device a word means: auto is a GPU where there is one. Raises BaseError for one that is not there."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as absent:
+        raise BaseError(
+            f"device {asked}: not usable here ({str(absent).splitlines()[0]}). Take cpu, or auto."
+        ) from None
+    return device
+
+
+def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, with_adapter: bool = True) -> LoadedRun:
+    """Open a finished run. `with_adapter=False` gives the bare base, with the run's template.
+
+    Raises: RunError when the folder is no finished run; BaseError when its base cannot be loaded or is another one by
+    now; AdapterError when the adapter does not fit.
+    """
+    run = open_run(path)
+    facts = run.facts()
+    if facts.get("status") != "finished":
+        raise RunError(
+            f"{run.path}: training is not finished ({facts.get('status')}). Run its command again; it goes on."
+        )
+    place = pick_device(device)
+    base = load_base(base_of(run, facts), place, _dtype(place))
+    template = (run.path / "template.jinja").read_text(encoding="utf-8")
+    model: nn.Module = base.model
+    if not (run.path / WHOLE_MODEL).is_dir():
+        _check_same(base, facts, run)
+        if with_adapter:
+            folder = run.adapter(adapter)
+            model = kind_in_folder(folder).load(model, folder, base_hash=base.hash)
+    renderer = Renderer(base.tokenizer, template)
+    sampling = json.loads((run.path / "generation.json").read_text(encoding="utf-8"))
+    labels = tuple(facts.get("labels", ()))
+    return LoadedRun(run, facts, base, model.eval(), renderer, sampling, frozenset(renderer.stop_ids), labels)
+
+
+def base_of(run: Run, facts: dict[str, Any]) -> Base:
+    """The base a run stands on, as a recipe would name it: its own model folder where every parameter was trained."""
+    if (run.path / WHOLE_MODEL).is_dir():
+        return Base(model=str(run.path / WHOLE_MODEL))
+    named = facts["base"]
+    model = named["model"]
+    if named.get("folder") and not Path(model).is_dir() and Path(named["folder"]).is_dir():
+        model = named["folder"]  # a relative path, asked for from another working directory
+    keys = ("revision", "quantize", "trust_remote_code")
+    return Base(model=model, **{key: named[key] for key in keys if key in named})
+
+
+def _check_same(base: LoadedBase, facts: dict[str, Any], run: Run) -> None:
+    if base.hash != facts["base"]["hash"]:
+        raise BaseError(
+            f"{base.source}: not the base that {run.path} was trained on (its files differ). Bring that base back, or "
+            "name its revision; an adapter answers nonsense on another one."
+        )
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
