@@ -1,0 +1,69 @@
+"""Flags, their MALTU_* twins, and what is refused before anything loads."""
+
+from pathlib import Path
+
+import pytest
+
+from serve.settings import is_loopback, read_settings
+from toolkit.errors import InputError
+
+KEY = "key-of-sixteen-characters"
+
+
+def test_defaults_listen_on_this_machine_alone() -> None:
+    settings = read_settings(["casual"], {})
+    assert (settings.host, settings.port, settings.device, settings.has_page) == ("127.0.0.1", 8000, "auto", True)
+    assert settings.runs == ("casual",) and settings.folder == Path("runs") and settings.keys == ()
+
+
+def test_the_environment_says_what_flags_say() -> None:
+    environment = {"MALTU_PORT": "9000", "MALTU_NO_UI": "1", "MALTU_MAX_TOKENS": "12", "MALTU_RUNS": "elsewhere"}
+    settings = read_settings(["casual"], environment)
+    assert (settings.port, settings.has_page, settings.max_tokens, settings.folder) == (
+        9000,
+        False,
+        12,
+        Path("elsewhere"),
+    )
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    assert read_settings(["casual", "--port", "9001"], {"MALTU_PORT": "9000"}).port == 9001
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(InputError) as raised:
+        read_settings(["casual", "--port", "x", "--queue", "-1", "--host", "0.0.0.0"], {"MALTU_NO_UI": "maybe"})
+    assert {problem.where for problem in raised.value.problems} == {"--port", "--queue", "--host", "MALTU_NO_UI"}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "example.org", ""])
+def test_other_machines_are_kept_out_unless_told(host: str) -> None:
+    with pytest.raises(InputError, match="--api-key-file"):
+        read_settings(["casual", "--host", host], {})
+    assert read_settings(["casual", "--host", host, "--allow-open"], {}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert is_loopback(host) and read_settings(["casual", "--host", host], {}).keys == ()
+
+
+def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# 우리 앱\n{KEY}\n\n  {KEY}-2  \n", encoding="utf-8")
+    settings = read_settings(["casual", "--host", "0.0.0.0", "--api-key-file", str(file)], {})
+    assert settings.keys == (KEY, f"{KEY}-2")
+
+
+@pytest.mark.parametrize(("text", "says"), [("# nothing\n", "no key"), (f"{KEY}\nshort\n", "line 2")])
+def test_a_key_file_that_protects_nothing_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=says):
+        read_settings(["casual", "--api-key-file", str(file)], {})
+
+
+def test_a_missing_key_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_settings(["casual", "--api-key-file", str(tmp_path / "none"), "--host", "0.0.0.0"], {})
