@@ -26,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Start `python -m serve` as a process of its own, so that serving never loads what trains."""
+    """Become `python -m serve`, so that serving never loads what trains and signals reach it."""
+    import os
     import subprocess
 
-    return subprocess.run([sys.executable, "-m", "serve", *arguments.rest], check=False).returncode
+    command = [sys.executable, "-m", "serve", *arguments.rest]
+    if os.name == "posix":
+        os.execv(sys.executable, command)
+    return subprocess.run(command, check=False).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="maltu", description="Make a small language model talk the way you want.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    named = argv[0] if argv else ""
+    named, asked = argv[0] if argv else "", parser
     for verb, (module, says) in VERBS.items():
         own = verbs.add_parser(verb, help=says, description=says, add_help=verb != "serve")
         if verb == named:  # only the room that is asked for is opened
             importlib.import_module(module).add_arguments(own)
+            asked = own
     if named in LATER:
         parser.error(f"{named}: not in this version")
     if named == "serve":
         return report(serve, argparse.Namespace(rest=argv[1:]))
-    arguments = parser.parse_args(argv)
-    return report(getattr(importlib.import_module(VERBS[arguments.verb][0]), arguments.verb), arguments)
+    if asked is parser:
+        parser.parse_args(argv)  # --help, or an error that lists the verbs
+    arguments = asked.parse_intermixed_args(argv[1:])  # key=value may stand after options too
+    return report(getattr(importlib.import_module(VERBS[named][0]), named), arguments)
 
 
 if __name__ == "__main__":
