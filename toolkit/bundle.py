@@ -7,13 +7,12 @@ A folder is known to be a run by its run.json; `version` there says which layout
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from toolkit.disk import COMPLETE, make_folder, stamp, write_json
+from toolkit.disk import is_whole, make_folder, remove, stamp, sweep, write_json
 from toolkit.errors import RunError
 
 VERSION = 1
@@ -73,6 +72,21 @@ class Run:
             raise RunError(f"{file}: layout version {found!r}; this version of Maltu reads {VERSION}. Update Maltu.")
         return facts
 
+    def finished(self, *parts: str) -> dict[str, Any]:
+        """run.json of a run whose training is over, with the maps named in `parts`. Raises RunError otherwise."""
+        facts = self.facts()
+        if facts.get("status") != "finished":
+            raise RunError(
+                f"{self.path}: training is not finished ({facts.get('status')}). Run its command again; it goes on."
+            )
+        lacking = [part for part in parts if not isinstance(facts.get(part), dict)]
+        if lacking:
+            raise RunError(
+                f"{self.path / RUN_FILE}: damaged, it lacks {', '.join(lacking)}. Restore it from a copy, or train"
+                " again with --fresh."
+            )
+        return facts
+
     def update(self, **changes: Any) -> dict[str, Any]:
         """Write changed facts into run.json; what is not named stays."""
         facts = {
@@ -97,12 +111,13 @@ class Run:
             ) from None
         with file:
             _take_lock(file, self.path)
+            sweep(self.path)
             yield
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose marker is there; torn ones do not count."""
+        """The newest checkpoint that is whole; torn and damaged ones do not count."""
         found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
-        whole = [p for p in found if (p / COMPLETE).is_file()]
+        whole = [p for p in found if is_whole(p)]
         return whole[-1] if whole else None
 
 
@@ -122,10 +137,9 @@ def _take_lock(file: IO[str], path: Path) -> None:
             f"{path}: another process is working on this run ({file.read().strip() or 'unknown'})."
             " Wait for it, or name=… another run."
         ) from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"pid {os.getpid()}, since {stamp()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it only cannot say who has it
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"pid {os.getpid()}, since {stamp()}".encode())
 
 
 def open_run(path: Path | str) -> Run:
@@ -139,7 +153,12 @@ def set_aside(run: Run) -> Path:
     """Move a run folder to runs/.old/NAME-TIME, never deleting anything; returns where it lies now."""
     old = run.path.parent / ".old" / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}"
     make_folder(old.parent)
-    os.replace(run.path, old)
+    try:
+        os.replace(run.path, old)
+    except OSError as denied:
+        raise RunError(
+            f"{run.path}: cannot be moved to {old} ({denied.strerror}). Check permissions, or name=… another run."
+        ) from None
     return old
 
 
@@ -148,6 +167,6 @@ def drop_checkpoints(run: Run, keep: Sequence[int]) -> None:
     kept = {f"step-{step:08d}" for step in keep}
     for path in run.checkpoints.iterdir() if run.checkpoints.is_dir() else ():
         if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     if run.checkpoints.is_dir() and not any(run.checkpoints.iterdir()):
-        run.checkpoints.rmdir()
+        remove(run.checkpoints)

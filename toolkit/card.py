@@ -16,7 +16,7 @@ FALLS = ("loss", "content loss", "bits per byte")  # better when lower; shown wi
 
 def show_result(run: Run, console: Console) -> None:
     """Print before against after, a few answers side by side, and what to do next."""
-    results = run.facts()["results"]
+    results = run.finished("results")["results"]
     show_numbers(results, run.name, console)
     for lang, shown in _by_language(results).items():
         for old, new in shown[:N_SHOWN]:

@@ -9,15 +9,16 @@ from toolkit.shipped import resolve
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """check RECIPE [key=value …]."""
     parser.add_argument("recipe", help="a recipe (YAML), or maltu:recipes/NAME.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change one key of the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="change one key of the recipe")
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Read the recipe first, so that a mistake in it is told at once; then look at base and data."""
     recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
-    from toolkit.fit.preview import preview
     from toolkit.fit.quiet import quiet
 
     with quiet():
+        from toolkit.fit.preview import preview
+
         preview(recipe)
     return 0

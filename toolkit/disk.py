@@ -3,6 +3,7 @@
 A killed process leaves the old file or the new one, never half of one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -52,24 +53,30 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
         _sync(beside)
         os.replace(beside, path)
     except _WRITE_FAILURES as failed:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({failed}). Check free space and permissions.") from failed
+        problem = cannot_write(path, failed)
+        remove(beside)
+        raise problem from failed
+    except BaseException:  # Ctrl-C, and what is wrong with the writer itself
+        remove(beside)
+        raise
 
 
 def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = False) -> None:
     """Let `fill` write a folder beside `path`, sync every file, and rename it into place; an older folder is replaced.
 
-    With `marker` a COMPLETE file is written last and synced: only a folder with it counts as whole.
+    With `marker` a COMPLETE file is written last and synced, with the size of every file: see `is_whole`.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         fill(beside)
-        for file in sorted(p for p in beside.rglob("*") if p.is_file()):
+        files = sorted(p for p in beside.rglob("*") if p.is_file())
+        for file in files:
             _sync(file)
         if marker:
-            (beside / COMPLETE).write_text(stamp(), encoding="utf-8")
+            listed = "".join(f"{file.stat().st_size} {file.relative_to(beside).as_posix()}\n" for file in files)
+            (beside / COMPLETE).write_text(f"{stamp()}\n{listed}", encoding="utf-8")
             _sync(beside / COMPLETE)
         replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
         if path.exists():
@@ -77,8 +84,50 @@ def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = Fals
         os.replace(beside, path)
         shutil.rmtree(replaced, ignore_errors=True)
     except _WRITE_FAILURES as failed:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise RunError(f"{path}: cannot be written ({failed}). Check free space and permissions.") from failed
+        problem = cannot_write(path, failed)
+        remove(beside)
+        raise problem from failed
+    except BaseException:  # Ctrl-C, and what is wrong with the writer itself
+        remove(beside)
+        raise
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has its marker, and every file that the marker lists in its full size."""
+    try:
+        lines = (folder / COMPLETE).read_text(encoding="utf-8").splitlines()[1:]
+        sizes = [line.split(" ", 1) for line in lines]
+        return all((folder / name).stat().st_size == int(size) for size, name in sizes)
+    except (OSError, ValueError):
+        return False
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed processes left under a folder that nobody else writes to: half-written files go, and a
+    folder that was moved aside to be replaced, and was not, comes back.
+    """
+    for left in sorted(folder.rglob(".*.replaced")):
+        place = left.with_name(left.name[1:].rsplit(".", 2)[0])
+        with contextlib.suppress(OSError):
+            left.rename(place)  # refused where the new one has come
+    for left in sorted([*folder.rglob(".*.writing"), *folder.rglob(".*.replaced")]):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that is not needed any more; what cannot be removed stays, and harms nobody."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a read-only file system refuses even to remove what is not there
+        path.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, failed: Exception) -> RunError:
+    """The error for a write that failed, with the space that was free: torch calls a full disk an unexpected pos."""
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MB free"
+    except OSError:
+        free = "free space unknown"
+    return RunError(f"{path}: cannot be written ({failed}; {free}). Check free space and permissions.")
 
 
 def _sync(path: Path) -> None:

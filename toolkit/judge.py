@@ -1,6 +1,7 @@
 """Measure a model before and after, by what the task is for; and the verb `evaluate RUN [--data FILES]`."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from toolkit.card import compared, show_numbers
 from toolkit.corpus.gather import gather
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk
+from toolkit.errors import RunError
 from toolkit.evaluate.talk import (
     Prompt,
     Sample,
@@ -32,6 +34,7 @@ from toolkit.evaluate.talk import (
 from toolkit.generate import Sampling
 from toolkit.loaded import load_run
 from toolkit.recipe.model import Data, Recipe
+from toolkit.shipped import resolve
 
 ANSWER_TOKENS = 60  # answers longer than this count as not ended
 N_TEXTS = 100  # held-out texts that text2text writes anew
@@ -81,7 +84,7 @@ class Judge:
         found = self._losses(model)
         if self.task == "classify":
             return found | self._labels(model)
-        prompts = self.held.prompts if self.task == "chat" else _as_prompts(self.held.talks[:N_TEXTS])
+        prompts = self._prompts()
         if not prompts:
             return found
         samples = answer_prompts(model, self.base.tokenizer, self.renderer, prompts, self.sampling)
@@ -96,12 +99,13 @@ class Judge:
     def measure_base(self) -> dict[str, Any]:
         """`measure` of the bare base; kept in the user's cache by hash of all that it depends on."""
         file = cache_folder() / "judged" / f"{self._key()}.json"
-        if file.exists():
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: measured again
             kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return kept
         found = self.measure(self.base.model)
-        disk.make_folder(file.parent)
-        disk.write_json(file, found)
+        with contextlib.suppress(RunError):  # a cache that cannot be written costs time, never the run
+            disk.make_folder(file.parent)
+            disk.write_json(file, found)
         return found
 
     def numbers(self, measured: dict[str, Any]) -> dict[str, float]:
@@ -110,11 +114,21 @@ class Judge:
         return {f"test/{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
 
     def samples_markdown(self, before: dict[str, Any], after: dict[str, Any]) -> str:
-        """samples.md; without a before (a base from scratch) the answers stand alone twice."""
-        prompts = self.held.prompts if self.task == "chat" else _as_prompts(self.held.talks[:N_TEXTS])
+        """samples.md: answers before and after (no before for a base from scratch), or what was taken for what."""
+        if "confusion" in after:
+            from toolkit.evaluate.classify import confusion_markdown
+
+            return f"# {len(self.held.talks)} held-out texts, labelled\n\n{confusion_markdown(after['confusion'])}"
+        prompts = self._prompts()
         new = _as_samples(prompts, after.get("samples", []))
         old = _as_samples(prompts, before.get("samples", [])) or [replace(sample, answer="") for sample in new]
         return samples_markdown(old, new)
+
+    def _prompts(self) -> list[Prompt]:
+        """What is answered: the recipe's prompts, or the held-out texts. One that fills the context is left out."""
+        prompts = self.held.prompts if self.task == "chat" else _as_prompts(self.held.talks[:N_TEXTS])
+        room = self.base.context - self.sampling.max_tokens
+        return [prompt for prompt in prompts if len(self.renderer.prompt(prompt.turns)) <= room]
 
     def _losses(self, model: nn.Module) -> dict[str, Any]:
         if not self.held.rows:
@@ -182,11 +196,6 @@ def metrics_of(recipe: Recipe) -> tuple[str, ...]:
     return (*asked, *(() if recipe.task != "classify" or set(asked) & set(OF_LABELS) else OF_LABELS))
 
 
-def labels_of(talks: Sequence[Talk]) -> tuple[str, ...]:
-    """The labels that occur, sorted."""
-    return tuple(sorted({talk.label for talk in talks if talk.label is not None}))
-
-
 def _as_prompts(talks: Sequence[Talk]) -> tuple[Prompt, ...]:
     return tuple(
         Prompt(talk.source, talk.turns[:-1], talk.lang or guess_language(talk), talk.turns[-1].content)
@@ -223,11 +232,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
     console = Console()
     run: Run = bundle.open_run(arguments.run)
     if not arguments.data:
-        show_numbers(run.facts()["results"], run.name, console)
+        show_numbers(run.finished("results")["results"], run.name, console)
         return 0
+    run.finished("base")
     from toolkit.recipe.read import read_recipe
 
     recipe = read_recipe(run.recipe_file, to_run=False)
+    named = recipe.evaluate.prompts
+    if named and not resolve(named).exists():  # the run has moved, the user's own prompts have not
+        console.print(f"{named}: not here, so no prompts are answered.", highlight=False)
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": None})})
     results: dict[str, dict[str, Any]] = {}
     for name, with_adapter in (("before", False), ("after", True)):
         loaded = load_run(arguments.run, arguments.device, with_adapter=with_adapter)

@@ -59,14 +59,10 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
     now; AdapterError when the adapter does not fit.
     """
     run = open_run(path)
-    facts = run.facts()
-    if facts.get("status") != "finished":
-        raise RunError(
-            f"{run.path}: training is not finished ({facts.get('status')}). Run its command again; it goes on."
-        )
+    facts = run.finished("base")
+    template, sampling = _read(run, "template.jinja"), _sampling(run)
     place = pick_device(device)
     base = load_base(base_of(run, facts), place, _dtype(place))
-    template = (run.path / "template.jinja").read_text(encoding="utf-8")
     model: nn.Module = base.model
     if not (run.path / WHOLE_MODEL).is_dir():
         _check_same(base, facts, run)
@@ -74,7 +70,6 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
             folder = run.adapter(adapter)
             model = kind_in_folder(folder).load(model, folder, base_hash=base.hash)
     renderer = Renderer(base.tokenizer, template)
-    sampling = json.loads((run.path / "generation.json").read_text(encoding="utf-8"))
     labels = tuple(facts.get("labels", ()))
     return LoadedRun(run, facts, base, model.eval(), renderer, sampling, frozenset(renderer.stop_ids), labels)
 
@@ -89,6 +84,23 @@ def base_of(run: Run, facts: dict[str, Any]) -> Base:
         model = named["folder"]  # a relative path, asked for from another working directory
     keys = ("revision", "quantize", "trust_remote_code")
     return Base(model=model, **{key: named[key] for key in keys if key in named})
+
+
+def _read(run: Run, name: str) -> str:
+    try:
+        return (run.path / name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as broken:
+        raise RunError(f"{run.path / name}: cannot be read ({broken}). Copy the whole run folder again.") from broken
+
+
+def _sampling(run: Run) -> dict[str, Any]:
+    text = _read(run, "generation.json")
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as broken:
+        raise RunError(
+            f"{run.path}: its generation.json is damaged ({broken}). Copy the whole run folder again."
+        ) from broken
 
 
 def _check_same(base: LoadedBase, facts: dict[str, Any], run: Run) -> None:

@@ -18,20 +18,23 @@ from toolkit.card import show_result, write_card
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Renderer
 from toolkit.errors import RunError
+from toolkit.evaluate.classify import label_set
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.display import Display
 from toolkit.fit.inputs import inputs_of, refuse_changed, surroundings
+from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Fitted, Job, fit_one
 from toolkit.fit.plan import Plan, is_new, make_plan
 from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, place_here, render_rows, shape_of, training_rows
 from toolkit.fit.quiet import quiet
-from toolkit.judge import Held, Judge, labels_of, metrics_of, prompts_of, sampling_of
+from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.recipe.model import Base, Recipe
 from toolkit.recipe.show import to_yaml
 from toolkit.track import Track, open_track
 
 INTERRUPTED = 130
+BEFORE_FILE = "before.json"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ def run(recipe: Recipe, options: Options) -> int:
     console = Console(quiet=options.quiet or not _is_main())
     folder = Run(options.runs / recipe.name)
     inputs = inputs_of(recipe)
+    ready: Ready | None = None
     with quiet():
         if options.fresh and _is_main() and folder.path.exists():
             with folder.locked():
+                ready = _prepare(recipe)  # a mistake in data or base leaves the old run in its place
                 console.print(f"The old run lies in {bundle.set_aside(folder)} now.")
         meet()
         with folder.locked() if _is_main() else contextlib.nullcontext():
@@ -62,7 +67,7 @@ def run(recipe: Recipe, options: Options) -> int:
                 console.print(f"{folder.path}: finished already, and nothing changed.")
                 show_result(folder, console)
                 return 0
-            fitted = _train(recipe, options, folder, inputs, console)
+            fitted = _train(recipe, options, folder, inputs, console, ready or _prepare(recipe))
             if fitted.stopped == "asked":
                 console.print("Stopped. The same command goes on where it stopped.")
                 return INTERRUPTED
@@ -71,26 +76,45 @@ def run(recipe: Recipe, options: Options) -> int:
     return 0
 
 
-def _train(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], console: Console) -> Fitted:
+@dataclass(frozen=True)
+class Ready:
+    """What a run stands on, read and found sound before anything is written."""
+
+    corpus: Corpus
+    base: LoadedBase
+    renderer: Renderer
+    rows: Rows
+
+
+def _prepare(recipe: Recipe) -> Ready:
     corpus = gather(recipe.data, recipe.train.seed, None)
     base = open_base(recipe, corpus)
     renderer = make_renderer(recipe, base)
-    rows = render_rows(recipe, renderer, corpus)
+    return Ready(corpus, base, renderer, render_rows(recipe, renderer, corpus))
+
+
+def _train(
+    recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], console: Console, ready: Ready
+) -> Fitted:
+    corpus, base, renderer, rows = ready.corpus, ready.base, ready.renderer, ready.rows
     console.print(_in_short(recipe, base, corpus, rows), highlight=False)
     plan = _plan(recipe, folder, base, rows)
     judge = _judge(recipe, base, renderer, corpus, rows)
-    _begin(folder, recipe, options, inputs, plan, renderer)
     before = _before(recipe, folder, judge)
     kind = kind_of(recipe.adapter)
     learned = sorted({i for row in rows.train for i in row.input_ids})
     model = kind.attach(base.model, recipe.adapter, seed=recipe.train.seed, token_ids=learned, tokenizer=base.tokenizer)
+    learnable = training_rows(recipe, base, rows)
+    if not (folder.path / bundle.RUN_FILE).exists():
+        plan = find_micro_batch(model, learnable, plan, base.tokenizer.pad_token_id or 0, base.device)
+        _begin(folder, recipe, options, inputs, plan, renderer, before)
     with _tracking(folder, recipe, inputs, console) as track:
         job = Job(
             recipe=recipe,
             plan=plan,
             model=model,
             tokenizer=base.tokenizer,
-            rows=training_rows(recipe, base, rows),
+            rows=learnable,
             evaluate=(lambda m: held_out_loss(m, base.tokenizer, rows.valid).loss) if rows.valid else None,
             run=folder,
             track=track,
@@ -123,9 +147,13 @@ def _is_finished(folder: Run, inputs: dict[str, Any]) -> bool:
     if not (folder.path / bundle.RUN_FILE).exists():
         return False
     facts = folder.facts()
-    if "inputs" not in facts:
-        raise RunError(f"{folder.path}: does not say what it was trained on. Train with another name=…, or --fresh.")
-    refuse_changed(folder, facts["inputs"], inputs)
+    begun = facts.get("inputs")
+    if not isinstance(begun, dict) or begun.keys() != inputs.keys() or "status" not in facts:
+        raise RunError(
+            f"{folder.path / bundle.RUN_FILE}: does not say what the run was trained on, or how far it came. Restore"
+            " it from a copy, train with another name=…, or --fresh."
+        )
+    refuse_changed(folder, begun, inputs)
     return bool(facts["status"] == "finished")
 
 
@@ -138,16 +166,24 @@ def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows) -> Plan:
 
 
 def _begin(
-    folder: Run, recipe: Recipe, options: Options, inputs: dict[str, Any], plan: Plan, renderer: Renderer
+    folder: Run,
+    recipe: Recipe,
+    options: Options,
+    inputs: dict[str, Any],
+    plan: Plan,
+    renderer: Renderer,
+    before: dict[str, Any],
 ) -> None:
-    """Write what a run is before it trains; on going on, nothing is written again."""
-    if not _is_main() or (folder.path / bundle.RUN_FILE).exists():
+    """Write what a run is before it trains; a run that goes on finds it there."""
+    if not _is_main():
         return
     disk.write_text(folder.recipe_file, to_yaml(recipe))
     disk.write_text(folder.path / "template.jinja", renderer.template)
     serve = recipe.serve
     sampling = {"temperature": serve.temperature, "top_p": serve.top_p, "max_tokens": serve.max_tokens}
     disk.write_json(folder.path / "generation.json", sampling)
+    disk.make_folder(folder.checkpoints)
+    disk.write_json(folder.checkpoints / BEFORE_FILE, before)
     folder.update(
         status="training",
         task=recipe.task,
@@ -163,7 +199,14 @@ def _judge(recipe: Recipe, base: LoadedBase, renderer: Renderer, corpus: Corpus,
     part, held_rows = rows.held_out()
     talks = [getattr(corpus, part)[i] for i in rows.kept_talks[part]]
     learned = tuple(corpus.train) if recipe.task == "classify" else ()
-    held = Held(tuple(talks), tuple(held_rows), prompts_of(recipe), labels_of(learned), learned, metrics_of(recipe))
+    held = Held(
+        tuple(talks),
+        tuple(held_rows),
+        prompts_of(recipe),
+        label_set(learned) if learned else (),
+        learned,
+        metrics_of(recipe),
+    )
     return Judge(recipe.task, base, renderer, held, sampling_of(recipe))
 
 
@@ -171,15 +214,11 @@ def _before(recipe: Recipe, folder: Run, judge: Judge) -> dict[str, Any]:
     """What the bare base does; measured once a run. A base from scratch knows nothing yet."""
     if is_new(recipe):
         return {}
-    kept = folder.path / "checkpoints" / "before.json"
-    if kept.exists():
+    kept = folder.checkpoints / BEFORE_FILE
+    if (folder.path / bundle.RUN_FILE).exists() and kept.exists():
         before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return before
-    before = judge.measure_base()
-    if _is_main():
-        disk.make_folder(kept.parent)
-        disk.write_json(kept, before)
-    return before
+    return judge.measure_base()
 
 
 @contextlib.contextmanager

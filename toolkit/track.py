@@ -5,6 +5,7 @@ Without a key wandb writes offline. What this room does not know: what the numbe
 """
 
 import json
+import netrc
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +38,11 @@ class Track:
     def log(self, step: int, **values: float) -> None:
         """Append one line {"step", "time", name: number…} and hand it to every tracker."""
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as failed:
+            raise disk.cannot_write(self._file, failed) from failed
         self._each(lambda tracker: tracker.log(step, values))
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -131,8 +135,7 @@ class Wandb:
     def __init__(self, run_path: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         settings = wandb.Settings(init_timeout=10, silent=True, console="off", disable_git=True)
         self._run = wandb.init(
             project="maltu", name=run_path.name, dir=str(run_path), config=dict(config), mode=mode, settings=settings
@@ -153,6 +156,18 @@ class Wandb:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key lies where `wandb login` puts it, or in the environment; asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    return host in hosts
 
 
 class Trackio:

@@ -14,7 +14,7 @@ from toolkit.errors import MaltuError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`, for this command and for `maltu train` alike."""
     parser.add_argument("recipe", help="a recipe (YAML), or maltu:recipes/NAME.yaml for one that ships")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change one key, e.g. train.epochs=5")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="change a key: train.epochs=5")
     parser.add_argument("--runs", default="runs", type=Path, help="where run folders lie (default: runs)")
     parser.add_argument("--fresh", action="store_true", help="move an existing run to RUNS/.old and start anew")
     parser.add_argument("--quiet", action="store_true", help="only errors and the result")
@@ -26,7 +26,10 @@ def train(arguments: argparse.Namespace) -> int:
     from toolkit.shipped import resolve
 
     recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
-    from toolkit.pipeline import Options, run
+    from toolkit.fit.quiet import quiet
+
+    with quiet():  # some libraries talk while they are imported
+        from toolkit.pipeline import Options, run
 
     command = " ".join([arguments.recipe, *arguments.overrides])
     return run(recipe, Options(runs=arguments.runs, fresh=arguments.fresh, quiet=arguments.quiet, command=command))
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.train", description="Train what a recipe says.")
     add_arguments(parser)
-    return report(train, parser.parse_args(argv))
+    return report(train, parser.parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":

@@ -92,11 +92,15 @@ def test_killed_at_steps_and_inside_a_checkpoint(recipe_file: Path, tmp_path: Pa
 
 def test_killed_after_a_bad_evaluation_keeps_its_patience(recipe_file: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
+    other = tmp_path / "other.jsonl"  # held-out talk of another kind: what helps the training talk soon hurts it
+    turns = [("user", "qwxz 8821"), ("assistant", "ᚠᚢᚦ ☂☃ 0x7f3a !!"), ("user", "~~"), ("assistant", "ʘ‿ʘ %%% {}")]
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    other.write_text(row + "\n", encoding="utf-8")
     hopeless = (
-        "train.learning_rate=0.2",
+        f"data.valid=[{other}]",
         "train.early_stop_patience=2",
         "train.max_steps=60",
-        "train.warmup_ratio=0.0",
+        "train.learning_rate=0.02",
     )
     assert train(recipe_file, runs, "whole", *hopeless) == 0
     facts = json.loads((runs / "whole" / "run.json").read_text())

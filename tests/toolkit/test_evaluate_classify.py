@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from toolkit.corpus.render import Renderer
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import DataError
-from toolkit.evaluate.baselines import baseline_scores, baselines, majority, naive_bayes
+from toolkit.evaluate.baselines import baselines, majority, naive_bayes
 from toolkit.evaluate.classify import (
     classify,
     classify_talks,
+    confusion_markdown,
     label_set,
     likeliest,
     measure_labels,
     scores_of,
-    scores_table,
 )
 from toolkit.shipped import shipped
 
@@ -156,11 +156,10 @@ def test_naive_bayes_learns_from_characters_and_gives_unseen_labels_nothing() ->
     assert sum(said[0].values()) == pytest.approx(1.0)
 
 
-def test_the_table_shows_classifiers_side_by_side() -> None:
-    found = baseline_scores(TALKS * 2, TALKS, label_set(TALKS))
-    page = scores_table(found)
-    assert "| majority | 0.333 |" in page and "| naive Bayes | 1.000 |" in page
-    assert "| | 상담원 | 선생님 말투 | 친구 |" in page and "| 친구 | 1 | 0 | 0 |" in page
+def test_the_confusion_is_a_table_with_the_gold_label_in_the_row() -> None:
+    page = confusion_markdown({"labels": ["상담원", "a|b"], "rows": [[3, 1], [0, 2]]})
+    assert page.splitlines()[0] == r"| gold, given | 상담원 | a\|b |"
+    assert page.splitlines()[2:] == ["| 상담원 | 3 | 1 |", r"| a\|b | 0 | 2 |"]
 
 
 def test_baselines_want_labels() -> None:

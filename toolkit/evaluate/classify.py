@@ -132,17 +132,11 @@ def gold_labels(talks: Sequence[Talk]) -> list[str]:
     return found
 
 
-def scores_table(scores: Mapping[str, Scores]) -> str:
-    """A Markdown table of classifiers side by side, and the confusion of the first."""
-    lines = ["| classifier | accuracy | macro-F1 | log loss | calibration error |", "|---|---|---|---|---|"]
-    for name, of in scores.items():
-        numbers = (of.accuracy, of.macro_f1, of.log_loss, of.calibration_error)
-        lines.append(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
-    name, first = next(iter(scores.items()))
-    lines += ["", f"{name}, {first.n} texts: gold label in the row, given label in the column.", ""]
-    cells = [label.replace("|", r"\|").replace("\n", " ") for label in first.labels]
-    lines += ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
-    for label, row in zip(cells, first.confusion, strict=True):
+def confusion_markdown(confusion: Mapping[str, Any]) -> str:
+    """What `measure_labels` calls confusion as a Markdown table: gold label in the row, given label in the column."""
+    cells = [label.replace("|", r"\|").replace("\n", " ") for label in confusion["labels"]]
+    lines = ["| gold, given | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    for label, row in zip(cells, confusion["rows"], strict=True):
         lines.append(f"| {label} | " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines) + "\n"
 

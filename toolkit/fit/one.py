@@ -18,9 +18,9 @@ from trl import SFTConfig
 from toolkit import bundle
 from toolkit.errors import TrainingError
 from toolkit.fit.display import Display
-from toolkit.fit.plan import Plan, count_steps, evaluation_steps, is_new
+from toolkit.fit.plan import Plan, count_steps, evaluation_steps
 from toolkit.fit.rows import Collate
-from toolkit.fit.trainer import Trainer
+from toolkit.fit.trainer import Trainer, is_finite, not_finite
 from toolkit.fit.watch import Looks, StopOnSignal, Watch
 from toolkit.recipe.model import Recipe
 from toolkit.track import Track
@@ -75,12 +75,17 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
         last = job.run.last_checkpoint()
         with StopOnSignal(watch):
             try:
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
+                if last is not None:
+                    trainer.take_up(last)
+                if not watch.is_over(total):
+                    trainer.train(resume_from_checkpoint=str(last) if last else None)
             except torch.OutOfMemoryError as full:
                 raise TrainingError(_out_of_memory(job.plan, str(full))) from full
     is_asked = watch.stop_asked and trainer.state.global_step < total
     if not is_asked:
         watch.load_best(trainer.model)
+        if not is_finite({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}):
+            raise TrainingError(not_finite(trainer.state.global_step, math.nan))  # the last step of all ran away
     steps = trainer.state.global_step
     stopped = "asked" if is_asked else "done" if steps >= total else "early"
     memory = trainer.watch
@@ -91,6 +96,9 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
 
 def _make_trainer(job: Job, watch: Watch, total: int) -> Trainer:
     rows = Dataset.from_dict({"input_ids": [list(r[0]) for r in job.rows], "labels": [list(r[1]) for r in job.rows]})
+    if getattr(job.model, "is_quantized", False) and not hasattr(job.model, "peft_config"):
+        # transformers 5.23 knows PEFT's adapters alone and refuses to train ours on a quantised base without this mark
+        job.model._hf_peft_config_loaded = True  # type: ignore[assignment]
     pad = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else 0
     trainer = Trainer(
         run=job.run,
@@ -159,11 +167,6 @@ def _optimizer(job: Job, total: int) -> tuple[Any, Any]:
     from toolkit.bases.new import build_muon
 
     return build_muon(job.model, job.plan.learning_rate, job.recipe.train.weight_decay), None
-
-
-def learns_everything(recipe: Recipe) -> bool:
-    """Whether every token is supervised: a base from scratch has to learn the users' words as well."""
-    return is_new(recipe)
 
 
 def _out_of_memory(plan: Plan, said: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from toolkit.errors import Problem, RecipeError
+from toolkit.recipe.adapter import PREFIX_LIKE
 from toolkit.recipe.model import Recipe
 
 MAX_CONTEXT = 2048  # `max_length: auto` never asks for more
@@ -16,15 +17,15 @@ MEMORY_SHARE = 0.6  # of what is free goes to activations; the rest is left to o
 # Learning rates by adapter kind: (up to 30 M parameters, up to 600 M, above). Swept on spoken-mini, docs/log.md;
 # larger bases follow the published practice of each method's paper.
 LEARNING_RATES = {
-    "lora": (5e-3, 1e-3, 2e-4),
-    "prefix": (3e-2, 1e-2, 5e-3),
-    "reft": (1e-2, 4e-3, 1e-3),
-    "embedding": (1e-2, 5e-3, 2e-3),
+    "lora": (3e-3, 1e-3, 2e-4),
+    "prefix": (2e-1, 1e-2, 5e-3),
+    "prefix through a projection": (3e-3, 1e-3, 5e-4),
+    "reft": (2e-2, 4e-3, 1e-3),
+    "embedding": (3e-3, 3e-3, 2e-3),
     "full": (1e-3, 1e-4, 2e-5),
     "new": (3e-3, 1e-3, 4e-4),
 }
 OTHER_KINDS = (5e-3, 2e-3, 1e-3)
-NO_PACKING = ("prefix", "prompt", "p_tuning", "prompt_tuning", "multitask_prompt", "cpt", "adaption_prompt")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     if recipe.train.learning_rate != "auto":
         return float(recipe.train.learning_rate)
     kind = "new" if is_new(recipe) else recipe.adapter.kind
+    if getattr(recipe.adapter, "projection", False):
+        kind = "prefix through a projection"
     small, middle, large = LEARNING_RATES.get(kind, OTHER_KINDS)
     return small if parameters <= 30e6 else middle if parameters <= 600e6 else large
 
@@ -102,7 +105,7 @@ def make_plan(recipe: Recipe, shape: Shape, place: Place, longest: int) -> Plan:
         max_length=max_length(recipe, shape.context),
         micro_batch=share,
         accumulation=1,
-        packing=recipe.adapter.kind not in NO_PACKING if train.packing == "auto" else bool(train.packing),
+        packing=recipe.adapter.kind not in PREFIX_LIKE if train.packing == "auto" else bool(train.packing),
         precision=precision,
         activation_checkpointing=shape.parameters > 600e6 and _may_checkpoint(recipe, place)
         if checkpointing == "auto"
@@ -116,7 +119,7 @@ def make_plan(recipe: Recipe, shape: Shape, place: Place, longest: int) -> Plan:
 
 
 def _may_checkpoint(recipe: Recipe, place: Place) -> bool:
-    return place.device != "cpu" and recipe.adapter.kind not in NO_PACKING
+    return place.device != "cpu" and recipe.adapter.kind not in PREFIX_LIKE
 
 
 def with_micro_batch(plan: Plan, micro: int, share: int, source: str) -> Plan:

@@ -3,7 +3,7 @@ here.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ PARTS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rendered conversations of each part, and what rendering dropped by reason (and cut, as `old_turns`)."""
+    """The rendered conversations of each part, and what rendering dropped by reason (and cut, as `old_turns`).
+
+    kept_talks: for each row of a part the place of its talk in the corpus; a base from scratch cuts long talks in rows.
+    """
 
     train: list[Rendered]
     valid: list[Rendered]
@@ -126,8 +129,12 @@ def render_rows(recipe: Recipe, renderer: Renderer, corpus: Corpus) -> Rows:
                 dropped[row.dropped] = dropped.get(row.dropped, 0) + 1
             elif row.n_left_out:
                 dropped["old_turns"] = dropped.get("old_turns", 0) + 1
-        kept[part] = [i for i, row in enumerate(rows) if not row.dropped]
-        parts[part] = [row for row in rows if not row.dropped]
+        whole = [(i, row) for i, row in enumerate(rows) if not row.dropped]
+        if isinstance(recipe.base, NewBase) and part != "train":  # training talk becomes windows: training_rows
+            length = max_length(recipe, recipe.base.new.context)
+            whole = [(i, piece) for i, row in whole for piece in _cut(row, length)]
+        kept[part] = [i for i, _ in whole]
+        parts[part] = [row for _, row in whole]
     lost = sum(n for reason, n in dropped.items() if reason != "old_turns")
     total = sum(map(len, parts.values())) + lost
     if not parts["train"] or lost > recipe.data.clean.max_dropped * total:
@@ -138,6 +145,14 @@ def render_rows(recipe: Recipe, renderer: Renderer, corpus: Corpus) -> Rows:
         )
         raise DataError(recipe.name, [Problem("data", says)])
     return Rows(parts["train"], parts["valid"], parts["test"], dropped, kept)
+
+
+def _cut(row: Rendered, length: int) -> Iterator[Rendered]:
+    """A row in pieces of at most `length`; the first token of a piece has nothing before it and is not learned."""
+    for at in range(0, len(row.input_ids), length):
+        end = at + length
+        if len(row.input_ids) > at + 1:
+            yield Rendered(row.input_ids[at:end], [IGNORED, *row.labels[at + 1 : end]], row.is_end[at:end])
 
 
 def training_rows(recipe: Recipe, base: LoadedBase, rows: Rows) -> Sequence[tuple[list[int], list[int]]]:

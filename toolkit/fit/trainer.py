@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import TrainerState
 from trl import SFTTrainer
 
 from toolkit import bundle, disk
@@ -91,7 +93,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
         if not torch.isfinite(loss):
-            raise TrainingError(_not_finite(self.state.global_step + 1, float(loss.detach())))
+            raise TrainingError(not_finite(self.state.global_step + 1, float(loss.detach())))
         finite: torch.Tensor = loss
         return finite
 
@@ -101,8 +103,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         """
         started = time.monotonic()
         weights = trainable(self.model)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-            raise TrainingError(_not_finite(self.state.global_step, float("nan")))
+        if not is_finite(weights):
+            raise TrainingError(not_finite(self.state.global_step, float("nan")))
         folder = self.run.checkpoints / f"step-{self.state.global_step:08d}"
         if self.args.world_size > 1:
             self._save_shared(folder, weights)
@@ -138,25 +140,28 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         self.accelerator.wait_for_everyone()
 
     def _drop_old(self) -> None:
-        import shutil
-
-        whole = [p for p in sorted(self.run.checkpoints.glob("step-*")) if (p / disk.COMPLETE).is_file()]
+        whole = [p for p in sorted(self.run.checkpoints.glob("step-*")) if disk.is_whole(p)]
         kept = {f"step-{step:08d}" for step in self.keep}
         for folder in whole[:-KEPT_CHECKPOINTS]:
             if folder.name not in kept:
-                shutil.rmtree(folder)
+                disk.remove(folder)
         for folder in self.run.checkpoints.glob("best-*"):
             if folder.name not in {
                 best_name(self.watch.get("best_step")),
                 best_name(self.watch.get("saved_best_step")),
             }:
-                shutil.rmtree(folder)
+                disk.remove(folder)
         self.watch["saved_best_step"] = self.watch.get("best_step")
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where a checkpoint stood: its tensors, its watch, its step. Nothing is trained."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put back the trained tensors, in place and bit for bit, and the watch."""
         folder = Path(resume_from_checkpoint)
-        restore(model or self.model, load_file(folder / WEIGHTS_FILE))
+        restore(model or self.model, read_weights(folder))
         self.watch.clear()
         self.watch.update(json.loads((folder / WATCH_FILE).read_text(encoding="utf-8")))
 
@@ -171,6 +176,19 @@ def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint or of the best so far. Raises TrainingError when they cannot be read."""
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as broken:
+        raise TrainingError(f"{folder / WEIGHTS_FILE}: damaged ({broken}). Start again with --fresh.") from broken
+
+
+def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether every number of every tensor is one."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
 def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copy tensors back into the parameters they came from. Raises TrainingError when the names differ."""
     targets: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -181,7 +199,8 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             target.copy_(tensors[name])
 
 
-def _not_finite(step: int, value: float) -> str:
+def not_finite(step: int, value: float) -> str:
+    """What is said when training ends because numbers ran away: where, what stays, what to try."""
     return (
         f"step {step}: the loss is {value}, so training stopped; the last good checkpoint is kept. Try a smaller"
         " train.learning_rate (a third of this one), train.max_grad_norm 1.0, or train.precision fp32; then run again"

@@ -2,6 +2,7 @@
 stop.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit import bundle, disk
+from toolkit.errors import TrainingError
 from toolkit.fit.display import Display
-from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, restore, trainable
+from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, not_finite, read_weights, restore, trainable
 from toolkit.track import Track
 
 CHECKPOINT_S = 20.0  # at most this much work, and the time of one save, is repeated after a kill
@@ -51,10 +53,13 @@ class Watch(TrainerCallback):
         return self.trainer.watch
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that had already lost patience when it was killed does not train on."""
+        """The clock of checkpoints starts."""
         self._saved_at = time.monotonic()
-        if self._is_out_of_patience():
-            control.should_training_stop = True
+
+    def is_over(self, total: int) -> bool:
+        """Whether no step is left to take: transformers would take one more after a checkpoint of the last one."""
+        assert self.trainer is not None
+        return self.trainer.state.global_step >= total or self._is_out_of_patience()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -95,6 +100,8 @@ class Watch(TrainerCallback):
         model.eval()
         loss = self.looks.evaluate(model)
         model.train(was_training)
+        if not math.isfinite(loss):
+            raise TrainingError(not_finite(state.global_step, loss))
         memory = self.memory
         if loss < memory.get("best_loss", float("inf")):
             memory.update(best_loss=loss, best_step=state.global_step, bad=0)
@@ -116,7 +123,7 @@ class Watch(TrainerCallback):
         if self.memory.get("best_step") is not None:
             if self.trainer is not None:
                 self.trainer.accelerator.wait_for_everyone()  # process 0 may still be writing it
-            restore(model, load_file(self.run.checkpoints / best_name(self.memory["best_step"]) / WEIGHTS_FILE))
+            restore(model, read_weights(self.run.checkpoints / best_name(self.memory["best_step"])))
 
 
 def _flag(trainer: Trainer, value: bool) -> Any:
