@@ -1,6 +1,8 @@
 """Take a trained voice out of its run: as a plain Hugging Face folder with the adapter merged in, or to a model hub."""
 
+import argparse
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +12,10 @@ import torch
 from torch import nn
 
 from toolkit.adapters.contract import Kind
+from toolkit.adapters.kinds import kind_in_folder
 from toolkit.disk import write_folder
 from toolkit.errors import RunError
+from toolkit.loaded import WHOLE_MODEL, load_run
 
 HUB = "hub:"
 # What a run keeps to go on, or for itself alone, and what can run code when it is read: never pushed.
@@ -113,3 +117,40 @@ def _save_tokenizer(tokenizer: Any, template: str | None, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = own
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """export RUN --to merged | hub:USER/NAME [--out FOLDER] [--public]."""
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("--to", required=True, metavar="merged|hub:USER/NAME", help="a plain model, or a hub")
+    parser.add_argument("--out", type=Path, help="where the plain model goes (default: RUN-merged)")
+    parser.add_argument("--public", action="store_true", help="on a hub: visible to everyone")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the run as a plain model folder, or send the run folder to a hub as it is."""
+    run: Path = arguments.run
+    if hub_target(arguments.to) is not None:
+        load_run(run, "cpu")  # what does not load here must not be sent
+        sys.stdout.write(f"{push_to_hub(run, arguments.to, public=arguments.public)}\n")
+        return 0
+    if arguments.to != "merged":
+        raise RunError(f"--to {arguments.to}: not a target. Write merged, or hub:USER/NAME.")
+    out = arguments.out or run.with_name(f"{run.name}-merged")
+    loaded = load_run(run, "cpu", with_adapter=False)
+    whole = run / WHOLE_MODEL
+    wanted = Exported(loaded.renderer.template, _generation(loaded.sampling), loaded.base.hash)
+    folder = whole if whole.is_dir() else loaded.run.adapter()
+    export_merged(loaded.base.model, loaded.base.tokenizer, kind_in_folder(folder), folder, out, wanted)
+    sys.stdout.write(f"{out}: a plain model; AutoModelForCausalLM.from_pretrained opens it.\n")
+    return 0
+
+
+def _generation(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's sampling in the words of a Hugging Face generation config."""
+    return {
+        "do_sample": sampling["temperature"] > 0,
+        "temperature": sampling["temperature"] or 1.0,
+        "top_p": sampling["top_p"],
+        "max_new_tokens": sampling["max_tokens"],
+    }

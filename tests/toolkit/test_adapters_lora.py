@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from toolkit.adapters import anatomy
+from toolkit.adapters.contract import check_merged
 from toolkit.adapters.kinds import kind_of
 from toolkit.adapters.lora import chosen_layers
 from toolkit.errors import AdapterError
@@ -155,3 +156,10 @@ def test_linear_layers_know_gpt2s_own_kind() -> None:
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4))
     assert anatomy.is_transposed(gpt2)
     assert not anatomy.is_transposed(make_base())
+
+
+@pytest.mark.parametrize("wrong", [1e-4, float("nan")])
+def test_a_merge_that_answers_differently_is_an_error(wrong: float) -> None:
+    check_merged("lora", torch.tensor([0.0, 30.0]), torch.tensor([1e-4, 30.0]))
+    with pytest.raises(AdapterError, match="answers differently: logits differ by"):
+        check_merged("lora", torch.tensor([0.0, 1.0]), torch.tensor([wrong, 1.0]))

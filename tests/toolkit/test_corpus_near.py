@@ -81,7 +81,7 @@ def test_system_turns_letter_case_and_spaces_are_not_compared(rng: random.Random
 
 @pytest.mark.parametrize("signs", [SYLLABLES, LETTERS])
 def test_a_template_around_short_texts_does_not_make_them_alike(rng: random.Random, signs: str) -> None:
-    opening = " ".join(f"{number}번 지침을 잘 읽고 나서 한 단어로만 대답해 주세요." for number in range(20))
+    opening = sentence(rng, n_words=60)
     talks = [talk(f"{opening} 문장: {sentence(rng, signs, n_words=4)}\n감정:", "긍정") for _ in range(300)]
     assert jaccard(talks[0].turns[0].content, talks[1].turns[0].content, 3) > 0.7
     found = find_near([*talks, talks[7]], 0.7, 0.9, None)

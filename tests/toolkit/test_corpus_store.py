@@ -71,4 +71,5 @@ def test_a_forked_process_reads_beside_its_parent(tmp_path: Path) -> None:
     child.start()
     assert all(list(talks) == TALKS for _ in range(200))
     child.join()
+    assert child.exitcode == 0
     assert answers.get()
