@@ -49,7 +49,7 @@ def ours(folder: Path, packing: bool) -> list[tuple[float, int]]:
     from toolkit.fit.display import Display
     from toolkit.fit.one import Job, fit_one
     from toolkit.fit.plan import Plan
-    from toolkit.fit.quiet import quiet
+    from toolkit.quiet import quiet
     from toolkit.recipe.model import Base, Lora, Recipe
     from toolkit.track import open_track
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, int] = {
-    "toolkit.errors": -1, "toolkit.shipped": 0, "toolkit.disk": 0,
+    "toolkit.errors": -1, "toolkit.shipped": 0, "toolkit.disk": 0, "toolkit.quiet": 0,
     "toolkit.recipe": 1, "toolkit.bundle": 1, "toolkit.track": 1,
     "toolkit.evaluate.metrics": 1, "toolkit.evaluate.levels": 1,
     "toolkit.adapters": 2, "toolkit.bases": 2, "toolkit.card": 2,

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> int:
     """Read the recipe first, so that a mistake in it is told at once; then look at base and data."""
     recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
-    from toolkit.fit.quiet import quiet
+    from toolkit.quiet import quiet
 
     with quiet():
         from toolkit.fit.preview import preview

@@ -15,24 +15,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from toolkit.errors import RunError
+from toolkit.errors import DiskError
 
 COMPLETE = "COMPLETE"  # the marker of a folder that counts only when it is there; written last
 _WRITE_FAILURES = (OSError, SafetensorError, RuntimeError)  # torch.save reports a full disk as RuntimeError
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises RunError that says what stands in the way."""
+    """Make a folder and its parents. Raises DiskError that says what stands in the way."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as denied:
-        raise RunError(
+        raise DiskError(
             f"{path}: the folder cannot be made ({denied.strerror}). Check permissions and free space."
         ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, synced, and rename it into place. Raises RunError on a full disk or a read-only
+    """Write a file beside its place, synced, and rename it into place. Raises DiskError on a full disk or a read-only
     folder.
     """
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -121,13 +121,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, failed: Exception) -> RunError:
+def cannot_write(path: Path, failed: Exception) -> DiskError:
     """The error for a write that failed, with the space that was free: torch calls a full disk an unexpected pos."""
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MB free"
     except OSError:
         free = "free space unknown"
-    return RunError(f"{path}: cannot be written ({failed}; {free}). Check free space and permissions.")
+    return DiskError(f"{path}: cannot be written ({failed}; {free}). Check free space and permissions.")
 
 
 def _sync(path: Path) -> None:

@@ -65,6 +65,12 @@ class RunError(MaltuError):
     exit_code = 2
 
 
+class DiskError(RunError):
+    """A file that could not be written: the disk is full, or the place is read-only."""
+
+    exit_code = 1
+
+
 class TrainingError(MaltuError):
     """Training that could not go on: a loss that is not finite, memory that does not suffice."""
 

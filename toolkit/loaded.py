@@ -16,6 +16,7 @@ from toolkit.bases.load import LoadedBase, load_base
 from toolkit.bundle import Run, open_run
 from toolkit.corpus.render import Renderer
 from toolkit.errors import BaseError, RunError
+from toolkit.quiet import quiet
 from toolkit.recipe.model import Base
 
 WHOLE_MODEL = "model"  # where a run keeps its weights when every parameter was trained
@@ -62,13 +63,14 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
     facts = run.finished("base")
     template, sampling = _read(run, "template.jinja"), _sampling(run)
     place = pick_device(device)
-    base = load_base(base_of(run, facts), place, _dtype(place))
-    model: nn.Module = base.model
-    if not (run.path / WHOLE_MODEL).is_dir():
-        _check_same(base, facts, run)
-        if with_adapter:
-            folder = run.adapter(adapter)
-            model = kind_in_folder(folder).load(model, folder, base_hash=base.hash)
+    with quiet():
+        base = load_base(base_of(run, facts), place, _dtype(place))
+        model: nn.Module = base.model
+        if not (run.path / WHOLE_MODEL).is_dir():
+            _check_same(base, facts, run)
+            if with_adapter:
+                folder = run.adapter(adapter)
+                model = kind_in_folder(folder).load(model, folder, base_hash=base.hash)
     renderer = Renderer(base.tokenizer, template)
     labels = tuple(facts.get("labels", ()))
     return LoadedRun(run, facts, base, model.eval(), renderer, sampling, frozenset(renderer.stop_ids), labels)

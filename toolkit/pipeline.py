@@ -26,9 +26,9 @@ from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Fitted, Job, fit_one
 from toolkit.fit.plan import Plan, is_new, make_plan
 from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, place_here, render_rows, shape_of, training_rows
-from toolkit.fit.quiet import quiet
 from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
 from toolkit.loaded import WHOLE_MODEL
+from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
 from toolkit.recipe.show import to_yaml
 from toolkit.track import Track, open_track

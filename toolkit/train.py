@@ -26,7 +26,7 @@ def train(arguments: argparse.Namespace) -> int:
     from toolkit.shipped import resolve
 
     recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
-    from toolkit.fit.quiet import quiet
+    from toolkit.quiet import quiet
 
     with quiet():  # some libraries talk while they are imported
         from toolkit.pipeline import Options, run

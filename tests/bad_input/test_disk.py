@@ -143,7 +143,7 @@ def test_a_disk_that_takes_no_more_is_told_and_costs_no_step(
     spoil_when(monkeypatch, room, MOMENTS[moment])
     run = room.runs / "tiny"
     said = command("--runs", str(room.runs))
-    said.refuses(str(run), "cannot be written", "Check free space and permissions", code=2)
+    said.refuses(str(run), "cannot be written", "Check free space and permissions", code=1)
     assert any(reason in said.err for reason in room.reason.split("|")), said.err
     room.mend()
     assert not [path for path in run.rglob("*") if path.name.endswith(".writing")]
@@ -159,6 +159,6 @@ def test_a_disk_that_takes_no_more_is_told_and_costs_no_step(
 @pytest.mark.parametrize("room", ["small_disk", "read_only"], indirect=True)
 def test_a_disk_that_takes_nothing_from_the_start_is_told(command: Command, room: Room) -> None:
     room.spoil()
-    command("--runs", str(room.runs)).refuses(str(room.runs / "tiny"), "cannot be", "Check", code=2)
+    command("--runs", str(room.runs)).refuses(str(room.runs / "tiny"), "cannot be", "Check", code=1)
     room.mend()
     assert command("--runs", str(room.runs), "train.max_steps=1").code == 0

@@ -142,7 +142,7 @@ def test_best_tensors_that_are_damaged_are_told(
 
 HELD = """
 import sys, time
-from toolkit.fit.quiet import quiet
+from toolkit.quiet import quiet
 with quiet():
     from toolkit.fit import watch
 watch.CHECKPOINT_S = 3600.0

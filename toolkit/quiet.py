@@ -13,7 +13,6 @@ CHATTY = ("accelerate", "bitsandbytes", "datasets", "peft", "torch.distributed",
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within, the libraries below say only errors, and draw no progress bars."""
-    import datasets
     from transformers.utils import logging as transformers_logging
 
     notes: Any = transformers_logging  # its functions are not typed
@@ -22,7 +21,7 @@ def quiet() -> Iterator[None]:
     verbosity = notes.get_verbosity()
     notes.set_verbosity_error()
     notes.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "bitsandbytes" else logging.ERROR)
     try:
@@ -34,4 +33,3 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         notes.set_verbosity(verbosity)
         notes.enable_progress_bar()
-        datasets.enable_progress_bars()
