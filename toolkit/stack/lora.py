@@ -1,0 +1,191 @@
+"""LoRA in a stack: A and B of every adapter in two tables per linear layer, padded to the largest rank."""
+
+# G groups of rows, N tokens in a group, K adapters, I/O features in/out, R rank, P places.
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from toolkit.adapters import anatomy
+from toolkit.errors import AdapterError
+from toolkit.stack.adapter import ALONE, Adapter
+from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, dropped, in_groups
+from toolkit.stack.shelf import Now, Room, Shelf, in_expert_list, layer_numbers, refuse_misfit
+from toolkit.stack.table import Table
+
+PREFIX = "base_model.model."  # what PEFT writes before every name of the base
+PART = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+
+
+@dataclass
+class Pair:
+    """One linear layer: its tables, the scale of each place, its number among the decoder layers, its hook."""
+
+    name: str
+    number: int
+    layer: int | None
+    a_PRI: Table
+    b_PRO: Table
+    scales: dict[int, float] = field(default_factory=dict)
+    handle: RemovableHandle | None = None
+
+
+class LoraShelf(Shelf):
+    """See the head of this file."""
+
+    kind: ClassVar[str] = "lora"
+    can_mix: ClassVar[bool] = True
+
+    def __init__(self, model: Any, dtype: torch.dtype, room: Room) -> None:
+        super().__init__(model, dtype, room)
+        self._linear = anatomy.linear_layers(model)
+        self._numbers = {name: number for number, name in enumerate(self._linear)}
+        self._layers = layer_numbers(model)
+        self._pairs: dict[str, Pair] = {}
+        self._dropout: dict[int, float] = {}
+
+    def check(self, adapter: Adapter) -> None:
+        """See Shelf.check; a layer that is no linear layer, or an expert's, is refused by name."""
+        wrong, odd, parts = [], [], _parts(adapter)
+        for name in adapter.tensors:
+            found = PART.match(name.removeprefix(PREFIX))
+            module = found["module"] if found else name
+            if found is None or module not in self._linear or in_expert_list(self.model, module):
+                odd.append(module)
+        if odd:
+            raise AdapterError(
+                f"no stack can hold this lora adapter: {', '.join(sorted(set(odd))[:4])} "
+                f"{'is' if len(set(odd)) == 1 else 'are'} no linear layer that sees whole rows (nn.Linear, Conv1D or "
+                f"their 4- and 8-bit forms; not the head, not experts). {ALONE}"
+            )
+        for module, pair in parts.items():
+            n_in, n_out = _features(self._linear[module])
+            if set(pair) != {"A", "B"}:
+                wrong.append(f"{module} has only lora_{next(iter(pair))}")
+            elif pair["A"].shape[1:] != (n_in,) or pair["B"].shape != (n_out, pair["A"].shape[0]):
+                shapes = f"{tuple(pair['A'].shape)} and {tuple(pair['B'].shape)}"
+                wrong.append(f"{module} takes (rank, {n_in}) and ({n_out}, rank), not {shapes}")
+        refuse_misfit(self.kind, wrong if parts else ["it holds no tensor"])
+
+    def layout(self, adapter: Adapter) -> dict[str, str]:
+        """See Shelf.layout."""
+        return {name: name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.tensors}
+
+    def make_table(self, key: str) -> Table:
+        """See Shelf.make_table; the two tables of a layer are made together, with one hook."""
+        module, part = key.rsplit(".lora_", 1)
+        if module not in self._pairs:
+            linear = self._linear[module]
+            device = next(linear.parameters()).device
+            layer = next((number for name, number in self._layers.items() if module.startswith(f"{name}.")), None)
+            pair = Pair(
+                name=module,
+                number=self._numbers[module],
+                layer=layer,
+                a_PRI=Table(device, self.dtype),
+                b_PRO=Table(device, self.dtype, is_transposed=True),
+            )
+            pair.handle = linear.register_forward_hook(self._hook(pair))
+            self._pairs[module] = pair
+        return self._pairs[module].a_PRI if part == "A" else self._pairs[module].b_PRO
+
+    def drop_table(self, key: str) -> None:
+        """See Shelf.drop_table."""
+        pair = self._pairs.pop(key.rsplit(".lora_", 1)[0], None)
+        if pair is not None and pair.handle is not None:
+            pair.handle.remove()
+
+    def place_more(self, place: int, adapter: Adapter) -> None:
+        """See Shelf.place_more: the scale of each layer, and dropout."""
+        for module, pair in _parts(adapter).items():
+            self._pairs[module].scales[place] = scale_of(adapter.config, module, pair["A"].shape[0])
+        self._dropout[place] = float(adapter.config.get("lora_dropout") or 0.0)
+
+    def update(self, module: str, x: Tensor, y: Tensor) -> Tensor:
+        """What the layer named gives with its adapters, where it gave `y` for `x` without them."""
+        pair = self._pairs.get(module)
+        return y if pair is None or self.now is None else self._added(pair, self.now, x, y)
+
+    def _hook(self, pair: Pair) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            del module
+            return None if self.now is None else self._added(pair, self.now, inputs[0], output)
+
+        return on_output
+
+    def _added(self, pair: Pair, now: Now, x: Tensor, y: Tensor) -> Tensor:
+        plan = now.plan
+        together = None if plan is None or now.draw_B is not None else plan.gathered(x, pair.a_PRI.dense.shape[1])
+        if together is not None:
+            a_GRI, b_GRO, scale_G11 = self._weights(pair, together.plan)
+            x_GNI = in_groups(x.index_select(0, together.rows), together.plan, pair.name).to(a_GRI.dtype)
+            y = add_grouped(y.index_select(0, together.rows), x_GNI, a_GRI, b_GRO, scale_G11)
+            y = y.index_select(0, together.back_B)
+        elif plan is not None:
+            a_GRI, b_GRO, scale_G11 = self._weights(pair, plan)
+            x_GNI = in_groups(x, plan, pair.name).to(a_GRI.dtype)
+            if now.draw_B is not None and any(self._dropout.get(place, 0.0) for place in plan.places):
+                x_GNI = dropped(x_GNI, plan, self._shares_B(plan), now.draw_B, pair.number)
+            y = add_grouped(y, x_GNI, a_GRI, b_GRO, scale_G11)
+        return y if now.mix is None else self._mixed(pair, now.mix, x, y)
+
+    def _mixed(self, pair: Pair, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
+        weights_BTK = mix.weights(pair.layer)
+        scale_K = torch.tensor([pair.scales.get(place, 0.0) for place in mix.places], device=x.device)
+        weights_BTK = (weights_BTK.to(x.device) * scale_K).to(self.dtype)
+        return add_mixed(y, x, mix.select(pair.a_PRI.dense), mix.select(pair.b_PRO.dense), weights_BTK)
+
+    def _weights(self, pair: Pair, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and scale for each group; while nothing learns, gathered once, the scale inside B."""
+        found: tuple[Tensor, Tensor, Tensor | None] | None = plan.kept.get(pair.name)
+        if found is not None:
+            return found
+        a_GRI, b_GRO = plan.select(pair.a_PRI.dense), plan.select(pair.b_PRO.dense)
+        scale_G11: Tensor = plan.memo(
+            ("scale", tuple(pair.scales.items()), a_GRI.device),
+            lambda: torch.tensor(
+                [pair.scales.get(place, 0.0) for place in plan.places], device=a_GRI.device, dtype=self.dtype
+            ).view(-1, 1, 1),
+        )
+        n_bytes = (a_GRI.numel() + b_GRO.numel()) * a_GRI.element_size()
+        if self.learns or n_bytes > self.room.n_bytes:
+            return a_GRI, b_GRO, scale_G11
+        self.room.n_bytes -= n_bytes
+        plan.n_kept_bytes += n_bytes
+        plan.kept[pair.name] = (a_GRI, b_GRO * scale_G11, None)
+        return a_GRI, b_GRO * scale_G11, None
+
+    def _shares_B(self, plan: Plan) -> Tensor:
+        shares = [self._dropout.get(place, 0.0) for place in plan.places]
+        made: Tensor = plan.memo("dropout", lambda: torch.tensor(shares).repeat_interleave(plan.group_size))
+        return made
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """By how much B A is multiplied in one layer: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
+    patterns = config.get("alpha_pattern") or {}
+    named = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = float(config["lora_alpha"] if named is None else patterns[named])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _parts(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        found = PART.match(name.removeprefix(PREFIX))
+        if found is not None:
+            parts.setdefault(found["module"], {})[found["part"]] = tensor
+    return parts
+
+
+def _features(linear: Any) -> tuple[int, int]:
+    """Features in and out, as nn.Linear has them; Conv1D keeps its weight as (in, out)."""
+    if hasattr(linear, "in_features"):
+        return int(linear.in_features), int(linear.out_features)
+    n_in, n_out = linear.weight.shape
+    return int(n_in), int(n_out)
