@@ -27,10 +27,10 @@ types: setup
 	$(VENV)/bin/mypy
 
 check: lint types
-	$(PY) -m pytest -m "not slow and not soak"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not soak" -n 2 --dist worksteal
 
 test: setup
-	$(PY) -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n 2 --dist worksteal
 
 soak: setup
 	$(PY) -m pytest -m soak

@@ -29,7 +29,7 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name: its folder's."""
-        return self.path.name
+        return self.path.name or self.path.resolve().name
 
     @property
     def recipe_file(self) -> Path:

@@ -43,8 +43,9 @@ def show_numbers(results: dict[str, Any], name: str, console: Console) -> None:
     for lang in langs:
         for column in (f"{lang} base".strip(), f"{lang} {name}".strip(), "change"):
             table.add_column(column, justify="right")
+    by_language = {metric for metric, lang in rows if lang}
     for metric in dict.fromkeys(metric for metric, _ in rows):
-        cells = [rows.get((metric, lang)) or rows.get((metric, "")) for lang in langs]
+        cells = [rows.get((metric, lang if metric in by_language else "")) for lang in langs]
         table.add_row(metric, *(text for cell in cells for text in (cell.texts() if cell else ("", "", ""))))
     console.print(table)
 

@@ -136,7 +136,8 @@ def export(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.to != "merged":
         raise RunError(f"--to {arguments.to}: not a target. Write merged, or hub:USER/NAME.")
-    out = arguments.out or run.with_name(f"{run.name}-merged")
+    named = run if run.name else run.resolve()  # the run may be the working directory
+    out = arguments.out or named.with_name(f"{named.name}-merged")
     loaded = load_run(run, "cpu", with_adapter=False)
     whole = run / WHOLE_MODEL
     wanted = Exported(loaded.renderer.template, _generation(loaded.sampling), loaded.base.hash)

@@ -82,9 +82,10 @@ def base_of(run: Run, facts: dict[str, Any]) -> Base:
         return Base(model=str(run.path / WHOLE_MODEL))
     named = facts["base"]
     model = named["model"]
+    keys: tuple[str, ...] = ("revision", "quantize", "trust_remote_code")
     if named.get("folder") and not Path(model).is_dir() and Path(named["folder"]).is_dir():
-        model = named["folder"]  # a relative path, asked for from another working directory
-    keys = ("revision", "quantize", "trust_remote_code")
+        model = named["folder"]  # a relative path asked for from another working directory, or a snapshot of the hub's
+        keys = keys[1:]  # a folder has no revisions
     return Base(model=model, **{key: named[key] for key in keys if key in named})
 
 

@@ -64,6 +64,8 @@ def run(recipe: Recipe, options: Options) -> int:
         meet()
         with folder.locked() if _is_main() else contextlib.nullcontext():
             if _is_finished(folder, inputs):
+                if _is_main():  # a kill right after the end leaves them
+                    bundle.drop_checkpoints(folder, recipe.train.keep)
                 console.print(f"{folder.path}: finished already, and nothing changed.")
                 show_result(folder, console)
                 return 0

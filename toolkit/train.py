@@ -4,6 +4,7 @@ python -m toolkit.train RECIPE [key=value …] [--runs runs] [--fresh] [--quiet]
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def train(arguments: argparse.Namespace) -> int:
     with quiet():  # some libraries talk while they are imported
         from toolkit.pipeline import Options, run
 
-    command = " ".join([arguments.recipe, *arguments.overrides])
+    command = shlex.join([arguments.recipe, *arguments.overrides])
     return run(recipe, Options(runs=arguments.runs, fresh=arguments.fresh, quiet=arguments.quiet, command=command))
 
 

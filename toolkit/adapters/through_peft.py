@@ -4,6 +4,7 @@ A saved folder is a plain PEFT folder: `PeftModel.from_pretrained(base, folder)`
 so it is imported inside functions.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -194,7 +195,9 @@ def _on_plain_base(model: Any, config: Any, kind: str) -> Any:
     tensors = {name: tensor.detach().clone() for name, tensor in parameters(model).items()}
     plain = anatomy.without_quantisation(model.unload())
     plain.__dict__.pop("peft_config", None)
-    wrapped = attach(plain, config, kind=kind, seed=0)
+    learning = copy.copy(config)
+    learning.inference_mode = False  # a loaded adapter is for inference, and attach refuses what learns nothing
+    wrapped = attach(plain, learning, kind=kind, seed=0)
     with quiet():
         peft.set_peft_model_state_dict(wrapped, tensors)
     return wrapped
