@@ -29,7 +29,12 @@ esac
 pip="$VENV/bin/python -m pip --disable-pip-version-check -q"
 $pip install --upgrade 'pip>=25.1'   # dependency groups
 pinned=$(sed -n 's/^torch==//p' constraints.txt)
-if [ "$TORCH" = cpu ] && ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
+have=$("$VENV/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")' 2>/dev/null || echo none)
+if [ "$have" != none ] && [ "$have" != "$TORCH" ]; then   # the other build satisfies the same version
+    $pip uninstall --yes torch
+    have=none
+fi
+if [ "$TORCH" = cpu ] && [ "$have" = none ]; then
     # The CPU build, a tenth of the CUDA build's size: from torch's own index where it answers, else from the configured one.
     $pip install "torch==$pinned" --index-url https://download.pytorch.org/whl/cpu --timeout 10 --retries 0 2>/dev/null ||
         $pip install "torch==$pinned"

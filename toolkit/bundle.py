@@ -18,6 +18,8 @@ from toolkit.errors import RunError
 VERSION = 1
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+BEFORE_FILE = "before.json"  # under checkpoints/: what the bare base does, measured once a run
+BEGUN = frozenset({"recipe.yaml", "template.jinja", "generation.json", "checkpoints"})  # written before run.json
 
 
 class Run:
@@ -98,6 +100,18 @@ class Run:
         facts["updated"] = stamp()
         write_json(self.path / RUN_FILE, facts)
         return facts
+
+    def refuse_foreign(self) -> None:
+        """Raise RunError when the folder is there, is no run, and holds files that no run would have left."""
+        if not self.path.is_dir() or (self.path / RUN_FILE).exists():
+            return
+        left = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
+        inside = {path.name for path in self.checkpoints.iterdir()} if self.checkpoints.is_dir() else set()
+        foreign = sorted((left - BEGUN) | (inside - {BEFORE_FILE}))
+        if foreign:
+            raise RunError(
+                f"{self.path}: is there already and is no run ({foreign[0]}). Train with another name=…, or --runs."
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from toolkit.errors import DiskError
 
 COMPLETE = "COMPLETE"  # the marker of a folder that counts only when it is there; written last
-_WRITE_FAILURES = (OSError, SafetensorError, RuntimeError)  # torch.save reports a full disk as RuntimeError
 
 
 def make_folder(path: Path) -> None:
@@ -52,13 +51,10 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
         fill(beside)
         _sync(beside)
         os.replace(beside, path)
-    except _WRITE_FAILURES as failed:
-        problem = cannot_write(path, failed)
+    except BaseException as failed:  # Ctrl-C too
+        problem = cannot_write(path, failed) if _is_of_the_disk(failed) else failed
         remove(beside)
-        raise problem from failed
-    except BaseException:  # Ctrl-C, and what is wrong with the writer itself
-        remove(beside)
-        raise
+        raise problem from (None if problem is failed else failed)
 
 
 def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = False) -> None:
@@ -83,13 +79,17 @@ def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = Fals
             os.replace(path, replaced)
         os.replace(beside, path)
         shutil.rmtree(replaced, ignore_errors=True)
-    except _WRITE_FAILURES as failed:
-        problem = cannot_write(path, failed)
+    except BaseException as failed:  # Ctrl-C too
+        problem = cannot_write(path, failed) if _is_of_the_disk(failed) else failed
         remove(beside)
-        raise problem from failed
-    except BaseException:  # Ctrl-C, and what is wrong with the writer itself
-        remove(beside)
-        raise
+        raise problem from (None if problem is failed else failed)
+
+
+def _is_of_the_disk(failed: BaseException) -> bool:
+    """Whether writing failed, and not the writer: torch.save reports a full disk as a RuntimeError."""
+    said = str(failed)
+    is_torch = isinstance(failed, RuntimeError) and ("StreamWriter" in said or "unexpected pos" in said)
+    return isinstance(failed, OSError | SafetensorError) or is_torch
 
 
 def is_whole(folder: Path) -> bool:
@@ -121,7 +121,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, failed: Exception) -> DiskError:
+def cannot_write(path: Path, failed: BaseException) -> DiskError:
     """The error for a write that failed, with the space that was free: torch calls a full disk an unexpected pos."""
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MB free"

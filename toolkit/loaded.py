@@ -56,7 +56,8 @@ def pick_device(asked: str = "auto") -> torch.device:
 def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, with_adapter: bool = True) -> LoadedRun:
     """Open a finished run. `with_adapter=False` gives the bare base, with the run's template.
 
-    Raises: RunError when the folder is no finished run; BaseError when its base cannot be loaded or is another one by
+    Raises: RunError when the folder is no finished run, or its bare base is asked for and it was made from scratch;
+    BaseError when its base cannot be loaded or is another one by
     now; AdapterError when the adapter does not fit.
     """
     run = open_run(path)
@@ -64,9 +65,11 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
     template, sampling = _read(run, "template.jinja"), _sampling(run)
     place = pick_device(device)
     with quiet():
-        base = load_base(base_of(run, facts), place, _dtype(place))
+        is_whole = with_adapter and (run.path / WHOLE_MODEL).is_dir()
+        named = Base(model=str(run.path / WHOLE_MODEL)) if is_whole else base_of(run, facts)
+        base = load_base(named, place, _dtype(place))
         model: nn.Module = base.model
-        if not (run.path / WHOLE_MODEL).is_dir():
+        if not is_whole:
             _check_same(base, facts, run)
             if with_adapter:
                 folder = run.adapter(adapter)
@@ -77,14 +80,17 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
 
 
 def base_of(run: Run, facts: dict[str, Any]) -> Base:
-    """The base a run stands on, as a recipe would name it: its own model folder where every parameter was trained."""
-    if (run.path / WHOLE_MODEL).is_dir():
-        return Base(model=str(run.path / WHOLE_MODEL))
+    """The base a run was trained on, as a recipe would name it: where it lay then, or else by its name.
+
+    Raises: RunError for a run whose base was made from scratch, and is not there without the training.
+    """
     named = facts["base"]
+    if named.get("folder") is None:
+        raise RunError(f"{run.path}: its base was made from scratch, so there is no bare base to open.")
     model = named["model"]
     keys: tuple[str, ...] = ("revision", "quantize", "trust_remote_code")
-    if named.get("folder") and not Path(model).is_dir() and Path(named["folder"]).is_dir():
-        model = named["folder"]  # a relative path asked for from another working directory, or a snapshot of the hub's
+    if Path(named["folder"]).is_dir():
+        model = named["folder"]  # not what a relative path means from another working directory
         keys = keys[1:]  # a folder has no revisions
     return Base(model=model, **{key: named[key] for key in keys if key in named})
 
@@ -109,8 +115,8 @@ def _sampling(run: Run) -> dict[str, Any]:
 def _check_same(base: LoadedBase, facts: dict[str, Any], run: Run) -> None:
     if base.hash != facts["base"]["hash"]:
         raise BaseError(
-            f"{base.source}: not the base that {run.path} was trained on (its files differ). Bring that base back, or "
-            "name its revision; an adapter answers nonsense on another one."
+            f"{facts['base']['model']}: not the base that {run.path} was trained on (its files differ). Bring that base"
+            " back, or name its revision; an adapter answers nonsense on another one."
         )
 
 

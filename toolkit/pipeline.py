@@ -17,15 +17,25 @@ from toolkit.bundle import Run
 from toolkit.card import show_result, write_card
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Renderer
-from toolkit.errors import RunError
+from toolkit.errors import Problem, RecipeError, RunError
 from toolkit.evaluate.classify import label_set
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.display import Display
 from toolkit.fit.inputs import inputs_of, refuse_changed, surroundings
 from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Fitted, Job, fit_one
-from toolkit.fit.plan import Plan, is_new, make_plan
-from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, place_here, render_rows, shape_of, training_rows
+from toolkit.fit.plan import Plan, count_steps, is_new, make_plan
+from toolkit.fit.prepare import (
+    Rows,
+    make_renderer,
+    meet,
+    open_base,
+    place_here,
+    render_rows,
+    said_by_main,
+    shape_of,
+    training_rows,
+)
 from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.quiet import quiet
@@ -34,7 +44,6 @@ from toolkit.recipe.show import to_yaml
 from toolkit.track import Track, open_track
 
 INTERRUPTED = 130
-BEFORE_FILE = "before.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ def run(recipe: Recipe, options: Options) -> int:
     folder = Run(options.runs / recipe.name)
     inputs = inputs_of(recipe)
     ready: Ready | None = None
+    folder.refuse_foreign()
     with quiet():
         if options.fresh and _is_main() and folder.path.exists():
             with folder.locked():
@@ -100,14 +110,15 @@ def _train(
 ) -> Fitted:
     corpus, base, renderer, rows = ready.corpus, ready.base, ready.renderer, ready.rows
     console.print(_in_short(recipe, base, corpus, rows), highlight=False)
-    plan = _plan(recipe, folder, base, rows)
+    goes_on = (folder.path / bundle.RUN_FILE).exists()
+    plan = _plan(recipe, folder, base, rows)  # the processes meet here, before one of them writes
     judge = _judge(recipe, base, renderer, corpus, rows)
     before = _before(recipe, folder, judge)
     kind = kind_of(recipe.adapter)
     learned = sorted({i for row in rows.train for i in row.input_ids})
     model = kind.attach(base.model, recipe.adapter, seed=recipe.train.seed, token_ids=learned, tokenizer=base.tokenizer)
     learnable = training_rows(recipe, base, rows)
-    if not (folder.path / bundle.RUN_FILE).exists():
+    if not goes_on:
         plan = find_micro_batch(model, learnable, plan, base.tokenizer.pad_token_id or 0, base.device)
         _begin(folder, recipe, options, inputs, plan, renderer, before)
     with _tracking(folder, recipe, inputs, console) as track:
@@ -161,10 +172,16 @@ def _is_finished(folder: Run, inputs: dict[str, Any]) -> bool:
 
 def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows) -> Plan:
     """The plan that the run was begun with, or a new one."""
-    if (folder.path / bundle.RUN_FILE).exists():
-        return Plan(**folder.facts()["plan"])
+    if _is_main() and (folder.path / bundle.RUN_FILE).exists():
+        return said_by_main(Plan(**folder.facts()["plan"]))
+    learned = len(training_rows(recipe, base, rows)) if is_new(recipe) else len(rows.train)
+    total = count_steps(learned, recipe)[1]
+    late = [step for step in recipe.train.keep if step > total]
+    if late:
+        says = f"step {late[0]} never comes: this run takes {total} steps. Take it out."
+        raise RecipeError(recipe.name, [Problem("train.keep", says)])
     longest = base.context if is_new(recipe) else max(len(row.input_ids) for row in rows.train)
-    return make_plan(recipe, shape_of(base.model, base.context), place_here(), longest)
+    return said_by_main(make_plan(recipe, shape_of(base.model, base.context), place_here(), longest))
 
 
 def _begin(
@@ -185,7 +202,7 @@ def _begin(
     sampling = {"temperature": serve.temperature, "top_p": serve.top_p, "max_tokens": serve.max_tokens}
     disk.write_json(folder.path / "generation.json", sampling)
     disk.make_folder(folder.checkpoints)
-    disk.write_json(folder.checkpoints / BEFORE_FILE, before)
+    disk.write_json(folder.checkpoints / bundle.BEFORE_FILE, before)
     folder.update(
         status="training",
         task=recipe.task,
@@ -216,7 +233,7 @@ def _before(recipe: Recipe, folder: Run, judge: Judge) -> dict[str, Any]:
     """What the bare base does; measured once a run. A base from scratch knows nothing yet."""
     if is_new(recipe):
         return {}
-    kept = folder.checkpoints / BEFORE_FILE
+    kept = folder.checkpoints / bundle.BEFORE_FILE
     if (folder.path / bundle.RUN_FILE).exists() and kept.exists():
         before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return before

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="change a key: train.epochs=5")
     parser.add_argument("--runs", default="runs", type=Path, help="where run folders lie (default: runs)")
     parser.add_argument("--fresh", action="store_true", help="move an existing run to RUNS/.old and start anew")
-    parser.add_argument("--quiet", action="store_true", help="only errors and the result")
+    parser.add_argument("--quiet", action="store_true", help="say errors only")
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -45,7 +45,8 @@ def report(call: object, arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. The same command goes on where it stopped.\n")
+        is_training = call is train
+        sys.stderr.write("Interrupted." + (" The same command goes on where it stopped.\n" if is_training else "\n"))
         return 130
 
 

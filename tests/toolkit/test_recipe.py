@@ -271,3 +271,7 @@ def test_a_template_says_in_its_first_line_what_it_needs() -> None:
 def test_sections_can_be_made_in_python_too() -> None:
     recipe = Recipe(name="a", base=Base(model="spoken-mini"), data=Data(train=("a.jsonl",)), adapter=Reft(rank=2))
     assert isinstance(recipe.adapter, Reft) and recipe.adapter.rank == 2
+
+
+def test_a_section_that_brings_its_kind_does_not_undo_a_key_given_before_it(smallest: Path) -> None:
+    assert read_recipe(smallest, ["adapter.tokens=8", "adapter={kind: prefix}"]).adapter == Prefix(tokens=8)

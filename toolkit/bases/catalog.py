@@ -159,7 +159,8 @@ def _lfm2(size: str, parameters: int) -> KnownBase:
 
 _MINI = KnownBase(
     "spoken-mini", None, shipped=True, languages=("ko", "en"), parameters=5_310_720, context=512, template="marked",
-    licence="CC BY 4.0", commercial=True, spoken=True, shape=Shape(4, 256, 704, 4, 4, 64, 8192), note="Comes with Maltu; needs no network.",
+    licence="CC BY 4.0", commercial=True, spoken=True, shape=Shape(4, 256, 704, 4, 4, 64, 8192),
+    note="Comes with Maltu; needs no network.",
     sources=_read(
         _SPOKEN_MINI, "languages", "parameters", "licence", "commercial", "context", "template", "spoken", "shape"
     ),

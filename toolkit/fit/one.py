@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from toolkit.fit.watch import Looks, StopOnSignal, Watch
 from toolkit.recipe.model import Recipe
 from toolkit.track import Track
 
+SHORT = 20  # steps below which there is no warm-up
+
 
 @dataclass(frozen=True)
 class Job:
@@ -42,7 +44,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a fit ended. `stopped` is done, early (patience) or asked (a signal: the same command goes on)."""
+    """How a fit ended, over all processes it took. `stopped` is done, early (patience) or asked (a signal: the same
+    command goes on).
+    """
 
     stopped: str
     steps: int
@@ -50,7 +54,6 @@ class Fitted:
     best_loss: float | None
     seconds: float
     n_tokens: int
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
@@ -81,7 +84,7 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
                     trainer.train(resume_from_checkpoint=str(last) if last else None)
             except torch.OutOfMemoryError as full:
                 raise TrainingError(_out_of_memory(job.plan, str(full))) from full
-    is_asked = watch.stop_asked and trainer.state.global_step < total
+    is_asked = watch.is_stopping and trainer.state.global_step < total
     if not is_asked:
         watch.load_best(trainer.model)
         if not is_finite({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}):
@@ -89,8 +92,14 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
     steps = trainer.state.global_step
     stopped = "asked" if is_asked else "done" if steps >= total else "early"
     memory = trainer.watch
+    seconds = memory.get("seconds", 0.0) + time.monotonic() - started
     return Fitted(
-        stopped, steps, memory.get("best_step"), memory.get("best_loss"), time.monotonic() - started, trainer.n_tokens
+        stopped,
+        steps,
+        memory.get("best_step"),
+        memory.get("best_loss"),
+        seconds,
+        trainer.n_tokens,
     )
 
 
@@ -137,7 +146,7 @@ def _arguments(job: Job, total: int) -> SFTConfig:
         max_steps=total,
         learning_rate=plan.learning_rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_ratio * total),
+        warmup_steps=math.ceil(train.warmup_ratio * total) if total >= SHORT else 0,  # its first step learns nothing
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm or 0.0,
         optim="adamw_torch",

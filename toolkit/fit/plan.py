@@ -83,8 +83,14 @@ def is_new(recipe: Recipe) -> bool:
 
 
 def max_length(recipe: Recipe, context: int) -> int:
-    """The longest conversation in tokens: the recipe's, or the base's trained context, at most 2048."""
+    """The longest conversation in tokens: the recipe's, or the base's trained context, at most 2048.
+
+    Raises RecipeError for one that the base does not hold.
+    """
     asked = recipe.train.max_length
+    if asked != "auto" and asked > context:
+        says = f"{asked} is more than the {context} tokens this base was trained on. Take {context}, or a longer base."
+        raise RecipeError(recipe.name, [Problem("train.max_length", says)])
     return min(context, MAX_CONTEXT) if asked == "auto" else int(asked)
 
 

@@ -17,7 +17,7 @@ from toolkit.corpus.gather import Corpus
 from toolkit.corpus.render import IGNORED, Learn, Rendered, Renderer
 from toolkit.disk import hash_text
 from toolkit.errors import DataError, Problem
-from toolkit.fit.plan import Place, Shape, is_new, max_length
+from toolkit.fit.plan import Place, Plan, Shape, is_new, max_length
 from toolkit.loaded import pick_device
 from toolkit.recipe.model import Base, NewBase, Recipe
 
@@ -100,6 +100,15 @@ def meet() -> None:
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
+def said_by_main(plan: Plan) -> Plan:
+    """The plan of process 0, in every process: each would make its own from the memory it sees free."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return plan
+    told = [plan.facts()]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return Plan(**told[0])
+
+
 def shape_of(model: Any, context: int) -> Shape:
     """Sizes as planning wants them, of a model that may be on the meta device."""
     config: Any = model.config.get_text_config()
@@ -132,7 +141,7 @@ def render_rows(recipe: Recipe, renderer: Renderer, corpus: Corpus) -> Rows:
         whole = [(i, row) for i, row in enumerate(rows) if not row.dropped]
         if isinstance(recipe.base, NewBase) and part != "train":  # training talk becomes windows: training_rows
             length = max_length(recipe, recipe.base.new.context)
-            whole = [(i, piece) for i, row in whole for piece in _cut(row, length)]
+            whole = [(i, piece) for i, row in whole for piece in cut_row(row, length)]
         kept[part] = [i for i, _ in whole]
         parts[part] = [row for _, row in whole]
     lost = sum(n for reason, n in dropped.items() if reason != "old_turns")
@@ -147,7 +156,7 @@ def render_rows(recipe: Recipe, renderer: Renderer, corpus: Corpus) -> Rows:
     return Rows(parts["train"], parts["valid"], parts["test"], dropped, kept)
 
 
-def _cut(row: Rendered, length: int) -> Iterator[Rendered]:
+def cut_row(row: Rendered, length: int) -> Iterator[Rendered]:
     """A row in pieces of at most `length`; the first token of a piece has nothing before it and is not learned."""
     for at in range(0, len(row.input_ids), length):
         end = at + length

@@ -64,8 +64,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole step
         self.watch: dict[str, Any] = {}
         self.run, self.keep = run, frozenset(keep)
-        self.n_tokens = 0
+        self.n_tokens = self.n_tokens_before = 0  # all that were learned from; those of earlier processes
         self.save_seconds = 0.0
+        self._clock = time.monotonic()
         self._head = SupervisedHead(self.model.get_output_embeddings())
         for parameter in self.model.parameters():
             if parameter.requires_grad and getattr(self.model, "is_loaded_in_4bit", False):
@@ -119,7 +120,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
-        (folder / WATCH_FILE).write_text(json.dumps(self.watch), encoding="utf-8")
+        seconds = self.watch.get("seconds", 0.0) + time.monotonic() - self._clock
+        spent = {"n_tokens": self.n_tokens, "seconds": seconds}
+        (folder / WATCH_FILE).write_text(json.dumps({**self.watch, **spent}), encoding="utf-8")
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save_shared(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -164,6 +167,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         restore(model or self.model, read_weights(folder))
         self.watch.clear()
         self.watch.update(json.loads((folder / WATCH_FILE).read_text(encoding="utf-8")))
+        self.n_tokens = self.n_tokens_before = int(self.watch.get("n_tokens", 0))
 
 
 def best_name(step: int | None) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -43,12 +44,13 @@ class Watch(TrainerCallback):
     def __init__(self, run: bundle.Run, looks: Looks, track: Track, display: Display) -> None:
         self.run, self.looks, self.track, self.display = run, looks, track, display
         self.trainer: Trainer | None = None
-        self.stop_asked = False
+        self.stop_asked = False  # by a signal to this process
+        self.is_stopping = False  # agreed on by all processes
         self._saved_at = time.monotonic()
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What travels with checkpoints: best_step, best_loss, bad (evaluations since the best), first losses."""
+        """What travels with checkpoints: best_step, best_loss, bad (evaluations since the best)."""
         assert self.trainer is not None
         return self.trainer.watch
 
@@ -70,7 +72,7 @@ class Watch(TrainerCallback):
             values = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
             if state.is_world_process_zero:
                 self.track.log(state.global_step, **values)
-            self.display.step(state.global_step, values["loss"], self.trainer.n_tokens)
+            self.display.step(state.global_step, values["loss"], self.trainer.n_tokens - self.trainer.n_tokens_before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate where it is due, then decide on saving and stopping."""
@@ -82,11 +84,10 @@ class Watch(TrainerCallback):
         control.should_log = True
         since = time.monotonic() - self._saved_at
         is_due = since >= max(CHECKPOINT_S, SAVE_SHARE * self.trainer.save_seconds)
-        if self.trainer.args.world_size > 1:
-            is_due = bool(self.trainer.accelerator.gather(_flag(self.trainer, is_due)).any())
-        if is_due or self.stop_asked or state.global_step in self.trainer.keep:
+        is_due, self.is_stopping = _agree(self.trainer, is_due, self.stop_asked)
+        if is_due or self.is_stopping or state.global_step in self.trainer.keep:
             control.should_save = True
-        if self.stop_asked:
+        if self.is_stopping:
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -126,20 +127,23 @@ class Watch(TrainerCallback):
             restore(model, read_weights(self.run.checkpoints / best_name(self.memory["best_step"])))
 
 
-def _flag(trainer: Trainer, value: bool) -> Any:
-    import torch
-
-    return torch.tensor([value], device=trainer.args.device)
+def _agree(trainer: Trainer, *wishes: bool) -> list[bool]:
+    """What any process wishes, all do: otherwise one would wait for the others for ever."""
+    if trainer.args.world_size == 1:
+        return list(wishes)
+    told = trainer.accelerator.gather(torch.tensor([wishes], device=trainer.args.device))
+    return [bool(wish) for wish in told.any(dim=0)]
 
 
 class StopOnSignal:
     """Within, the first Ctrl-C or SIGTERM asks the watch to save and stop after this step; a second one interrupts
-    at once.
+    at once. What comes within a second is the same wish: torchrun sends SIGTERM after a Ctrl-C.
     """
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._before: dict[int, Any] = {}
+        self._asked_at = 0.0
 
     def __enter__(self) -> "StopOnSignal":
         """Take the signals, if this is the main thread."""
@@ -157,6 +161,8 @@ class StopOnSignal:
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self._watch.stop_asked:
-            raise KeyboardInterrupt
-        self._watch.stop_asked = True
+            if time.monotonic() - self._asked_at > 1.0:
+                raise KeyboardInterrupt
+            return
+        self._watch.stop_asked, self._asked_at = True, time.monotonic()
         self._watch.display.say("Stopping after this step; once more to stop at once.")

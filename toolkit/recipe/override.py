@@ -12,7 +12,7 @@ from toolkit.recipe.tree import Key, Place, Tree, compose, plant
 
 def lay_over(tree: Tree, overrides: Sequence[str]) -> None:
     """Put every override into the tree, kinds first; what cannot be read as one becomes a problem of the tree."""
-    for text in sorted(overrides, key=_names_no_kind):
+    for text in sorted(overrides, key=_order):
         shown = text if len(text) <= 70 else text[:67] + "…"
         key = _key_of(text)
         if key is None:
@@ -34,8 +34,11 @@ def lay_over(tree: Tree, overrides: Sequence[str]) -> None:
         _merge(tree, new, (), tree.values, value)
 
 
-def _names_no_kind(text: str) -> bool:
-    return not text.partition("=")[0].strip().endswith(".kind")
+def _order(text: str) -> int:
+    """Sections that bring a kind, then kinds, then all else as it was given: a kind replaces the keys of another."""
+    name, _, value = text.partition("=")
+    brings_kind = value.lstrip().startswith("{") and "kind" in value
+    return 0 if brings_kind else 1 if name.strip().endswith(".kind") else 2
 
 
 def _key_of(text: str) -> Key | None:
