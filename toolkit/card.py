@@ -1,13 +1,18 @@
 """What a run says of itself: the table at the end of training, and README.md in its folder (a model card)."""
 
 import json
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from toolkit import disk
+from toolkit.bases import catalog
+from toolkit.bases.fetch import is_folder_name
 from toolkit.bundle import Run
 
 N_SHOWN = 3  # samples a language in the terminal
@@ -24,29 +29,36 @@ def show_result(run: Run, console: Console) -> None:
             if old is not None:
                 console.print(f"    base   {_plain(old['answer'])}", highlight=False)
             console.print(f"    now    {_plain(new['answer'])}\n", highlight=False)
-    path = run.path
+    path, samples = shlex.quote(str(run.path)), shlex.quote(str(run.path / "samples.md"))
     console.print(
         f"Next:  python -m toolkit chat {path}      talk to it\n"
         f"       python -m serve {path}             serve it, with a page\n"
-        f"       {path / 'samples.md'}: every answer, before and after",
+        f"       {samples}: every answer, before and after",
         highlight=False,
+        markup=False,
+        soft_wrap=True,  # a path broken in two cannot be copied
     )
 
 
 def show_numbers(results: dict[str, Any], name: str, console: Console) -> None:
-    """Print before and after as a table: a metric a row, three columns a language."""
+    """Print before and after as a table: a metric a row, three columns a language; one where nothing was before."""
     rows = {(row.metric, row.lang): row for row in compared(results)}
+    if not rows:
+        console.print("No held-out talk, so nothing was measured.")
+        return
+    has_before = any(row.before is not None for row in rows.values())
     langs = sorted({lang for _, lang in rows}, key=lambda lang: (lang != "", lang))
     langs = [lang for lang in langs if lang] or [""]  # with languages there is no need for all of them together
     table = Table()
     table.add_column("")
     for lang in langs:
-        for column in (f"{lang} base".strip(), f"{lang} {name}".strip(), "change"):
-            table.add_column(column, justify="right")
+        for column in (f"{lang} base", f"{lang} {name}", "change") if has_before else (f"{lang} {name}",):
+            table.add_column(escape(column.strip()), justify="right")
     by_language = {metric for metric, lang in rows if lang}
     for metric in dict.fromkeys(metric for metric, _ in rows):
         cells = [rows.get((metric, lang if metric in by_language else "")) for lang in langs]
-        table.add_row(metric, *(text for cell in cells for text in (cell.texts() if cell else ("", "", ""))))
+        texts = [cell.texts() if cell else ("", "", "") for cell in cells]
+        table.add_row(metric, *(text for three in texts for text in (three if has_before else three[1:2])))
     console.print(table)
 
 
@@ -98,8 +110,6 @@ def _by_language(results: dict[str, Any]) -> dict[str, list[tuple[dict[str, Any]
 
 
 def _plain(text: str) -> str:
-    from rich.markup import escape
-
     return escape(" ".join(text.split()))
 
 
@@ -108,15 +118,15 @@ def write_card(run: Run) -> None:
     is.
     """
     facts = run.facts()
-    rows = "\n".join(f"| {row.metric} {row.lang} | {' | '.join(row.texts())} |" for row in compared(facts["results"]))
     data = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in facts["inputs"]["data"].items())
-    parts, around = facts["data"]["parts"], facts["surroundings"]
+    around = facts["surroundings"]
     recipe = run.recipe_file.read_text(encoding="utf-8")
     base = facts["base"]
     is_whole = (run.path / "model").is_dir()
+    on_hub = None if is_whole else _hub_id(base["model"])
     heading = [
         "---",
-        *([] if is_whole or base["model"] == "new" else [f"base_model: {json.dumps(base['model'])}"]),
+        *([f"base_model: {json.dumps(on_hub)}"] if on_hub else []),
         "library_name: " + ("transformers" if is_whole else "peft"),
         "tags: [maltu]",
         "---",
@@ -125,11 +135,9 @@ def write_card(run: Run) -> None:
 
 Trained with Maltu {around["versions"]["maltu"]}: `{facts["command"]}`
 
-| on held-out talk and prompts | base | {run.name} | change |
-|---|---|---|---|
-{rows}
+{_table(facts["results"], run.name)}
 
-Learned from {parts["train"]:,} conversations, watched on {parts["valid"]:,}, judged by {parts["test"]:,};
+{_parts_line(facts["data"]["parts"])};
 {facts["fit"]["steps"]:,} steps, best at {facts["fit"]["best_step"] or facts["fit"]["steps"]:,},
 {facts["fit"]["seconds"]:.0f} s on {around["device"]} ({around["threads"]} threads). Answers side by side: samples.md.
 
@@ -152,6 +160,33 @@ Base: {base["model"]}, SHA-256 of its files `{base["hash"][:16]}`.
 {recipe}```
 """
     disk.write_text(run.path / "README.md", "\n".join(heading) + "\n" + text)
+
+
+def _table(results: dict[str, Any], name: str) -> str:
+    rows = [f"| {row.metric} {row.lang} | {' | '.join(row.texts())} |" for row in compared(results)]
+    if not rows:
+        return "No held-out talk, so nothing was measured."
+    return "\n".join([f"| on held-out talk and prompts | base | {name} | change |", "|---|---|---|---|", *rows])
+
+
+def _hub_id(model: str) -> str | None:
+    """The base's name on the hub; None for a folder, and for a base that is not there (shipped, or from scratch)."""
+    if is_folder_name(model):
+        return None
+    known = catalog.find(model)
+    if known is not None:
+        return known.hub_id
+    return model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) else None
+
+
+def _parts_line(parts: dict[str, int]) -> str:
+    """What was learned from, and what the numbers were measured on: test, else valid, as `fit.prepare.Rows` says."""
+    learned = f"Learned from {parts['train']:,} conversations"
+    if parts["test"]:
+        return f"{learned}, watched on {parts['valid']:,}, judged by {parts['test']:,}"
+    if parts["valid"]:
+        return f"{learned}, watched on {parts['valid']:,} and judged by the same (valid: none were kept for test)"
+    return f"{learned}; no held-out talk"
 
 
 def _load_lines(run: Run, base: dict[str, Any], is_whole: bool) -> str:

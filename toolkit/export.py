@@ -81,8 +81,8 @@ def push_to_hub(folder: Path, target: str, *, public: bool = False) -> str:
     """Send a folder to `hub:USER/NAME`, made if it is not there (private unless `public`); returns its address.
 
     Checkpoints, logs, hidden files and pickles stay here.
-    Raises: RunError when the folder holds nothing to send, nobody is logged in, or the hub cannot be reached or
-    refuses.
+    Raises: RunError when the folder holds nothing to send, nobody is logged in, its README.md has a heading that the
+    hub does not take, or the hub cannot be reached or refuses.
     """
     repository = hub_target(target)
     if repository is None:
@@ -103,6 +103,10 @@ def push_to_hub(folder: Path, target: str, *, public: bool = False) -> str:
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise RunError(
             f"{target}: the hub refused ({error}). Check the name, and that your token may write."
+        ) from error
+    except ValueError as error:  # the hub's client checks the heading of README.md before it sends
+        raise RunError(
+            f"{target}: the hub does not take the heading of {folder / 'README.md'} ({error}). Mend it and send again."
         ) from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise RunError(f"{target}: the hub cannot be reached ({error}). Check the network and try again.") from error
@@ -131,15 +135,21 @@ def export(arguments: argparse.Namespace) -> int:
     """Write the run as a plain model folder, or send the run folder to a hub as it is."""
     run: Path = arguments.run
     if hub_target(arguments.to) is not None:
+        if arguments.out is not None:
+            raise RunError(
+                f"--out {arguments.out}: only with --to merged; to a hub the run goes as it is. Leave it out."
+            )
         load_run(run, "cpu")  # what does not load here must not be sent
         sys.stdout.write(f"{push_to_hub(run, arguments.to, public=arguments.public)}\n")
         return 0
     if arguments.to != "merged":
         raise RunError(f"--to {arguments.to}: not a target. Write merged, or hub:USER/NAME.")
+    if arguments.public:
+        raise RunError("--public: only with --to hub:USER/NAME; a folder here has no readers to choose. Leave it out.")
     named = run if run.name else run.resolve()  # the run may be the working directory
     out = arguments.out or named.with_name(f"{named.name}-merged")
-    loaded = load_run(run, "cpu", with_adapter=False)
     whole = run / WHOLE_MODEL
+    loaded = load_run(run, "cpu", with_adapter=whole.is_dir())
     wanted = Exported(loaded.renderer.template, _generation(loaded.sampling), loaded.base.hash)
     folder = whole if whole.is_dir() else loaded.run.adapter()
     export_merged(loaded.base.model, loaded.base.tokenizer, kind_in_folder(folder), folder, out, wanted)

@@ -17,10 +17,10 @@ from toolkit import bundle, disk
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
 from toolkit.card import compared, show_numbers
-from toolkit.corpus.gather import gather
+from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk
-from toolkit.errors import RunError
+from toolkit.errors import BaseError, DataError, Problem, RunError
 from toolkit.evaluate.talk import (
     Prompt,
     Sample,
@@ -31,14 +31,16 @@ from toolkit.evaluate.talk import (
     read_prompts,
     samples_markdown,
 )
+from toolkit.fit.plan import is_new
+from toolkit.fit.prepare import cut_row
 from toolkit.generate import Sampling
-from toolkit.loaded import load_run
+from toolkit.loaded import LoadedRun, load_run
 from toolkit.recipe.model import Data, Recipe
 from toolkit.shipped import resolve
 
 ANSWER_TOKENS = 60  # answers longer than this count as not ended
 N_TEXTS = 100  # held-out texts that text2text writes anew
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Which numbers a metric of `evaluate.metrics` stands for, by how their names begin.
 NUMBERS = {
     "loss": ("loss", "content loss"),
@@ -64,7 +66,7 @@ class Held:
     rows: tuple[Rendered, ...]
     prompts: tuple[Prompt, ...]
     labels: tuple[str, ...]
-    learned: tuple[Talk, ...]  # what baselines may learn from
+    learned: tuple[Talk, ...]  # what baselines may learn from; empty: there are none
     metrics: tuple[str, ...] = tuple(NUMBERS)  # what of it is wanted
 
 
@@ -150,16 +152,19 @@ class Judge:
 
         said = classify_talks(model, self.renderer, self.held.talks, self.held.labels)
         measured = measure_labels(self.held.talks, said, self.held.labels)
-        others = baselines(self.held.learned, self.held.talks, self.held.labels)
-        return {**measured, "baselines": others}
+        if not self.held.learned:
+            return measured
+        return {**measured, "baselines": baselines(self.held.learned, self.held.talks, self.held.labels)}
 
     def _key(self) -> str:
-        parts = [CACHE_VERSION, self.task, self.base.hash, self.renderer.template, str(self.sampling), self.held.labels]
-        digest = hashlib.sha256(json.dumps(parts).encode())
-        for row in self.held.rows:
+        base, held = self.base, self.held
+        place = [str(base.device), str(base.dtype)]
+        parts = [CACHE_VERSION, self.task, base.hash, place, self.renderer.template, str(self.sampling), held.labels]
+        digest = hashlib.sha256(json.dumps([*parts, held.metrics]).encode())
+        for row in held.rows:
             digest.update(repr((row.input_ids, row.labels)).encode())
-        digest.update(repr(self.held.prompts).encode())
-        digest.update(repr((len(self.held.learned), self.held.metrics)).encode())
+        for of in (held.prompts, held.talks, held.learned):  # with their languages and labels
+            digest.update(repr([_content(one) for one in of]).encode())
         return digest.hexdigest()
 
 
@@ -204,6 +209,12 @@ def _as_prompts(talks: Sequence[Talk]) -> tuple[Prompt, ...]:
     )
 
 
+def _content(one: Talk | Prompt) -> tuple[Any, ...]:
+    """What of a talk or a prompt its measurement depends on, not the file it came from."""
+    turns = [(turn.role, turn.content) for turn in one.turns]
+    return (turns, one.lang, one.label) if isinstance(one, Talk) else (turns, one.lang, one.name, one.reference)
+
+
 def _as_json(sample: Sample) -> dict[str, Any]:
     return {
         "name": sample.prompt.name,
@@ -234,30 +245,82 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         show_numbers(run.finished("results")["results"], run.name, console)
         return 0
-    run.finished("base")
+    run.finished("base", "plan")
+    recipe = _recipe_here(run, console)
+    data = Data(
+        train=tuple(arguments.data),
+        valid=0,
+        test=0,
+        format=recipe.data.format,
+        system=recipe.data.system,
+        clean=recipe.data.clean,
+    )
+    corpus = gather(data, recipe.train.seed, None)
+    judge, model = _judge_of(recipe, corpus, load_run(arguments.run, arguments.device), console)
+    after = judge.measure(model)
+    del judge, model  # the base is loaded anew: memory holds one of them
+    before: dict[str, Any] = {}
+    try:
+        loaded = load_run(arguments.run, arguments.device, with_adapter=False)
+    except (BaseError, RunError) as absent:  # every parameter was trained: the run stands without it
+        console.print(f"{absent} Only the run's own numbers are shown.", highlight=False, markup=False, soft_wrap=True)
+    else:
+        judge, model = _judge_of(recipe, corpus, loaded, None)
+        before = judge.measure(model)
+    show_numbers({"before": before, "after": after}, run.name, console)
+    return 0
+
+
+def _recipe_here(run: Run, console: Console) -> Recipe:
+    """The run's recipe; without its prompts where they are not here."""
     from toolkit.recipe.read import read_recipe
 
     recipe = read_recipe(run.recipe_file, to_run=False)
     named = recipe.evaluate.prompts
-    if named and not resolve(named).exists():  # the run has moved, the user's own prompts have not
-        console.print(f"{named}: not here, so no prompts are answered.", highlight=False)
-        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": None})})
-    results: dict[str, dict[str, Any]] = {}
-    for name, with_adapter in (("before", False), ("after", True)):
-        loaded = load_run(arguments.run, arguments.device, with_adapter=with_adapter)
-        data = Data(train=tuple(arguments.data), valid=0, test=0, format=recipe.data.format, system=recipe.data.system)
-        talks = list(gather(data, recipe.train.seed, None).train)
-        rows = list(loaded.renderer.training_all(talks))
-        kept = [i for i, row in enumerate(rows) if not row.dropped]
-        held = Held(
-            tuple(talks[i] for i in kept),
-            tuple(rows[i] for i in kept),
-            prompts_of(recipe),
-            loaded.labels,
-            tuple(talks),
-            metrics_of(recipe),
-        )
-        judge = Judge(recipe.task, loaded.base, loaded.renderer, held, sampling_of(recipe))
-        results[name] = judge.measure(loaded.model)
-    show_numbers(results, run.name, console)
-    return 0
+    if not named or resolve(named).exists():
+        return recipe
+    # the run has moved, the user's own prompts have not
+    console.print(f"{named}: not here, so no prompts are answered.", highlight=False, markup=False, soft_wrap=True)
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": None})})
+
+
+def _judge_of(recipe: Recipe, corpus: Corpus, loaded: LoadedRun, console: Console | None) -> tuple[Judge, nn.Module]:
+    """The run's judge of all of `corpus`, rendered as it was for training; says in one line what was left out."""
+    max_length = int(loaded.facts["plan"]["max_length"])
+    template, tokenizer = loaded.renderer.template, loaded.base.tokenizer
+    if is_new(recipe):
+        renderer = Renderer(tokenizer, template, None, learn="all")
+    else:
+        renderer = Renderer(tokenizer, template, max_length, recipe.data.clean.too_long)
+    talks = list(corpus.train)
+    rows = list(renderer.training_all(talks))
+    whole = [(talk, row) for talk, row in zip(talks, rows, strict=True) if not row.dropped]
+    if is_new(recipe):
+        whole = [(talk, piece) for talk, row in whole for piece in cut_row(row, max_length)]
+    if console:
+        console.print(_left_out(corpus, rows), highlight=False, soft_wrap=True)
+    if not whole:
+        says = f"no conversation is left to measure on ({_left_out(corpus, rows)})"
+        raise DataError("--data", [Problem("", says)])
+    held = Held(
+        tuple(talk for talk, _ in whole),
+        tuple(row for _, row in whole),
+        prompts_of(recipe),
+        loaded.labels,
+        (),  # baselines would learn from what they are measured on
+        metrics_of(recipe),
+    )
+    return Judge(recipe.task, loaded.base, renderer, held, sampling_of(recipe)), loaded.model
+
+
+def _left_out(corpus: Corpus, rows: Sequence[Rendered]) -> str:
+    """How many conversations are measured, and how many were dropped, or cut, for what reason."""
+    dropped = dict(corpus.report.dropped)
+    for row in rows:
+        if row.dropped:
+            dropped[row.dropped] = dropped.get(row.dropped, 0) + 1
+    measured = corpus.report.loaded - sum(dropped.values())
+    said = ", ".join(f"{reason} {n:,}" for reason, n in sorted(dropped.items())) or "none"
+    n_cut = sum(row.n_left_out > 0 for row in rows)
+    cut = f"; {n_cut:,} lost their oldest turns" if n_cut else ""
+    return f"Measured on {measured:,} of {corpus.report.loaded:,} conversations; dropped: {said}{cut}."

@@ -4,15 +4,21 @@ A tracker never stops a run and never asks a question: one that fails is named o
 Without a key wandb writes offline. What this room does not know: what the numbers mean.
 """
 
+import contextvars
 import json
 import netrc
 import os
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from toolkit import disk
+
+END_SECONDS = 5.0  # how long a tracker may take to end
+WANDB_ID = "wandb/run_id"  # in the run folder: the wandb run that this run goes on in
 
 
 class Tracker(Protocol):
@@ -29,11 +35,10 @@ class Tracker(Protocol):
 
 
 class Track:
-    """metrics.jsonl, and every other tracker that was asked for; `seconds` is the time spent inside them."""
+    """metrics.jsonl, and every other tracker that was asked for."""
 
     def __init__(self, file: Path, trackers: Mapping[str, Tracker], warn: Callable[[str], None]) -> None:
         self._file, self._trackers, self._warn = file, dict(trackers), warn
-        self.seconds = 0.0
 
     def log(self, step: int, **values: float) -> None:
         """Append one line {"step", "time", name: number…} and hand it to every tracker."""
@@ -50,11 +55,10 @@ class Track:
         self._each(lambda tracker: tracker.text(step, name, text))
 
     def close(self) -> None:
-        """End every tracker."""
-        self._each(lambda tracker: tracker.close())
+        """End every tracker, each within END_SECONDS: one that takes longer is left behind with a warning."""
+        self._each(lambda tracker: _within(END_SECONDS, tracker.close))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        started = time.monotonic()
         for name, tracker in list(self._trackers.items()):
             try:
                 call(tracker)
@@ -64,7 +68,26 @@ class Track:
                     f"track: {name} failed ({type(failed).__name__}: {failed}) and is left out from here on;"
                     " metrics.jsonl has everything."
                 )
-        self.seconds += time.monotonic() - started
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Call, and come back after `seconds` at the latest, with what it raised or a TimeoutError."""
+    raised: list[Exception] = []
+
+    def caught() -> None:
+        try:
+            call()
+        except Exception as failed:
+            raised.append(failed)
+
+    here = contextvars.copy_context()  # trackio knows its run by it
+    thread = threading.Thread(target=here.run, args=(caught,), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"did not end within {seconds:g} s")
+    if raised:
+        raise raised[0]
 
 
 def open_track(
@@ -130,15 +153,24 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases: online with a key, else offline in the run folder."""
+    """Weights & Biases: online with a key, else offline in the run folder. A run that goes on keeps its wandb run."""
 
     def __init__(self, run_path: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        settings = wandb.Settings(init_timeout=10, silent=True, console="off", disable_git=True)
+        settings = wandb.Settings(
+            init_timeout=10, finish_timeout=END_SECONDS, silent=True, console="off", disable_git=True
+        )
         self._run = wandb.init(
-            project="maltu", name=run_path.name, dir=str(run_path), config=dict(config), mode=mode, settings=settings
+            project="maltu",
+            name=run_path.name,
+            dir=str(run_path),
+            config=dict(config),
+            id=_wandb_id(run_path),
+            resume="allow",
+            mode=mode,
+            settings=settings,
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -156,6 +188,15 @@ class Wandb:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _wandb_id(run_path: Path) -> str:
+    """The id of the run's wandb run; made once a run folder."""
+    file = run_path / WANDB_ID
+    if not file.exists():
+        disk.make_folder(file.parent)
+        disk.write_text(file, uuid.uuid4().hex[:8])
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _has_wandb_key() -> bool:

@@ -1,5 +1,6 @@
 """Export: a plain folder that answers as base + adapter, whole or not at all; the hub here is a folder."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from toolkit.__main__ import main as maltu
 from toolkit.adapters.kinds import kind_of
 from toolkit.errors import AdapterError, RunError
-from toolkit.export import Exported, export_merged, hub_target, push_to_hub
+from toolkit.export import Exported, add_arguments, export, export_merged, hub_target, push_to_hub
+from toolkit.loaded import load_run
 from toolkit.recipe.model import Embedding, Lora, Prefix
+from toolkit.train import main as train
 
 ROWS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -181,6 +185,7 @@ def test_a_run_is_pushed_without_its_checkpoints_and_private_by_default(
         (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
         (ConnectionError("no route"), "cannot be reached"),
         (errors.HFValidationError("bad name"), "the hub refused"),
+        (ValueError("Invalid metadata in README.md."), "does not take the heading of .*README.md"),
     ],
 )
 def test_what_goes_wrong_at_the_hub_is_said_with_a_remedy(
@@ -204,3 +209,32 @@ def test_an_empty_folder_and_a_target_elsewhere_are_refused(tmp_path: Path) -> N
         push_to_hub(tmp_path, "hub:minji/casual")
     with pytest.raises(RunError, match="not a place on a hub"):
         push_to_hub(tmp_path, "merged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--to", "merged", "--public"], "--public: only with --to hub"),
+        (["run", "--to", "hub:minji/casual", "--out", "밖"], "--out 밖: only with --to merged"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments: list[str], says: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(RunError, match=says):
+        export(parser.parse_args(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "base", ["base={model: spoken-mini}", "base={new: {hidden: 32, layers: 1, heads: 2, vocab: 300, context: 64}}"]
+)
+def test_a_run_that_trained_every_parameter_is_exported_as_it_answers(
+    base: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    few = [base, "adapter={kind: full}", "train.max_steps=2", "train.batch_size=2", "--quiet"]
+    assert train([str(recipe_file), *few, "--runs", str(tmp_path / "runs")]) == 0
+    run, out = tmp_path / "runs" / "tiny", tmp_path / "내보냄"
+    assert maltu(["export", str(run), "--to", "merged", "--out", str(out)]) == 0
+    was: Any = load_run(run, "cpu").model
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(ROWS).logits, was(ROWS).logits)
