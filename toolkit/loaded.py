@@ -4,7 +4,7 @@ The door of chat, evaluate, export and the server: they know a run by its folder
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
     with quiet():
         is_whole = with_adapter and (run.path / WHOLE_MODEL).is_dir()
         named = Base(model=str(run.path / WHOLE_MODEL)) if is_whole else base_of(run, facts)
-        base = load_base(named, place, _dtype(place))
+        base = replace(load_base(named, place, _dtype(place)), source=facts["base"]["model"])
         model: nn.Module = base.model
         if not is_whole:
             _check_same(base, facts, run)

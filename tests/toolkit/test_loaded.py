@@ -46,7 +46,8 @@ def test_a_relative_base_is_found_where_it_lay(recipe_file: Path, monkeypatch: p
     monkeypatch.chdir(home)
     run = train(recipe_file, "base={model: ./mine}")
     monkeypatch.chdir(elsewhere)
-    assert load_run(run, "cpu").base.folder == home / "mine"
+    opened = load_run(run, "cpu").base
+    assert opened.folder == home / "mine" and opened.source == "./mine"
 
 
 @pytest.mark.parametrize(
