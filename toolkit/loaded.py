@@ -19,6 +19,7 @@ from toolkit.errors import BaseError, RunError
 from toolkit.quiet import quiet
 from toolkit.recipe.model import Base
 
+FROM_SCRATCH = "new"  # how run.json calls a base that the run made itself
 WHOLE_MODEL = "model"  # where a run keeps its weights when every parameter was trained
 
 
@@ -85,12 +86,13 @@ def base_of(run: Run, facts: dict[str, Any]) -> Base:
     Raises: RunError for a run whose base was made from scratch, and is not there without the training.
     """
     named = facts["base"]
-    if named.get("folder") is None:
+    folder = named.get("folder")
+    if named["model"] == FROM_SCRATCH:
         raise RunError(f"{run.path}: its base was made from scratch, so there is no bare base to open.")
     model = named["model"]
     keys: tuple[str, ...] = ("revision", "quantize", "trust_remote_code")
-    if Path(named["folder"]).is_dir():
-        model = named["folder"]  # not what a relative path means from another working directory
+    if folder is not None and Path(folder).is_dir():
+        model = folder  # not what a relative path means from another working directory
         keys = keys[1:]  # a folder has no revisions
     return Base(model=model, **{key: named[key] for key in keys if key in named})
 

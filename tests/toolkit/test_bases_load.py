@@ -106,7 +106,7 @@ def test_tokenizer_loads_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     opened = load_tokenizer(Base(model=str(folder)))
     assert opened.tokenizer.decode(opened.tokenizer.encode("밥은 먹었어?")) == "밥은 먹었어?"
-    assert (opened.context, opened.template, opened.config["hidden_size"]) == (512, OURS, 192)
+    assert (opened.context, opened.template, opened.config["hidden_size"]) == (512, OURS, 256)
 
 
 def test_weights_in_shards_load(folder: Path) -> None:
