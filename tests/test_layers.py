@@ -1,4 +1,4 @@
-"""The table of layers (docs: DESIGN's layout) and the walls around third parties, as tests."""
+"""The table of layers, who may import whom, and the walls around third parties, as tests."""
 
 import ast
 import subprocess

@@ -1,7 +1,7 @@
 """From rendered conversations to the tensors of one micro batch.
 
 Packed, the conversations of a micro batch share rows no wider than its longest one, each with its own positions from
-0, which is how transformers keeps them apart when no attention mask is given (KNOWN to hold for sdpa and eager
+0, which is how transformers keeps them apart when no attention mask is given (it holds for sdpa and eager
 attention without a cache). Unpacked, a row is a conversation, padded on the right. Either way the step holds the
 same conversations and the same supervised tokens.
 """
