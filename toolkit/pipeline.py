@@ -21,9 +21,10 @@ from toolkit.errors import Problem, RecipeError, RunError
 from toolkit.evaluate.classify import label_set
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.display import Display
+from toolkit.fit.fitted import Fitted
 from toolkit.fit.inputs import inputs_of, refuse_changed, surroundings
 from toolkit.fit.memory import find_micro_batch
-from toolkit.fit.one import Fitted, Job, fit_one
+from toolkit.fit.one import Job, fit_one
 from toolkit.fit.plan import Plan, count_steps, is_new, make_plan
 from toolkit.fit.prepare import (
     Rows,

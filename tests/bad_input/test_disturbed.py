@@ -149,7 +149,7 @@ watch.CHECKPOINT_S = 3600.0
 before = watch.Watch.on_step_end
 def on_step_end(self, args, state, control, **more):
     wanted = int(sys.argv[1])
-    while state.global_step == 3 and self.stop_asked < wanted:
+    while state.global_step == 3 and self.stops.is_asked < wanted:
         time.sleep(0.05)
     before(self, args, state, control, **more)
 watch.Watch.on_step_end = on_step_end

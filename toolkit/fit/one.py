@@ -18,14 +18,14 @@ from trl import SFTConfig
 from toolkit import bundle
 from toolkit.errors import TrainingError
 from toolkit.fit.display import Display
-from toolkit.fit.plan import Plan, count_steps, evaluation_steps
+from toolkit.fit.fitted import Fitted, not_finite
+from toolkit.fit.plan import Plan, count_steps, evaluation_steps, warmup_steps
 from toolkit.fit.rows import Collate
-from toolkit.fit.trainer import Trainer, is_finite, not_finite
-from toolkit.fit.watch import Looks, StopOnSignal, Watch
+from toolkit.fit.stops import StopOnSignal
+from toolkit.fit.trainer import Trainer, is_finite
+from toolkit.fit.watch import Looks, Watch
 from toolkit.recipe.model import Recipe
 from toolkit.track import Track
-
-SHORT = 20  # steps below which there is no warm-up
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,6 @@ class Job:
     evaluate: Callable[[nn.Module], float] | None
     run: bundle.Run
     track: Track
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """How a fit ended, over all processes it took. `stopped` is done, early (patience) or asked (a signal: the same
-    command goes on).
-    """
-
-    stopped: str
-    steps: int
-    best_step: int | None
-    best_loss: float | None
-    seconds: float
-    n_tokens: int
 
 
 def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
@@ -72,11 +58,12 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
     )
     started = time.monotonic()
     with make_display(total) as display:
-        watch = Watch(job.run, looks, job.track, display)
+        stops = StopOnSignal(display.say)
+        watch = Watch(job.run, looks, job.track, display, stops)
         trainer = _make_trainer(job, watch, total)
         watch.trainer = trainer
         last = job.run.last_checkpoint()
-        with StopOnSignal(watch):
+        with stops:
             try:
                 if last is not None:
                     trainer.take_up(last)
@@ -146,7 +133,7 @@ def _arguments(job: Job, total: int) -> SFTConfig:
         max_steps=total,
         learning_rate=plan.learning_rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_ratio * total) if total >= SHORT else 0,  # its first step learns nothing
+        warmup_steps=warmup_steps(train, total),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm or 0.0,
         optim="adamw_torch",

@@ -10,8 +10,9 @@ from typing import Any
 
 from toolkit.errors import Problem, RecipeError
 from toolkit.recipe.adapter import PREFIX_LIKE
-from toolkit.recipe.model import Recipe
+from toolkit.recipe.model import Recipe, Train
 
+SHORT = 20  # steps below which there is no warm-up
 MAX_CONTEXT = 2048  # `max_length: auto` never asks for more
 MEMORY_SHARE = 0.6  # of what is free goes to activations; the rest is left to optimizer state, allocator and neighbours
 # Learning rates by adapter kind: (up to 30 M parameters, up to 600 M, above). Swept on spoken-mini, docs/log.md;
@@ -160,6 +161,11 @@ def count_steps(n_rows: int, recipe: Recipe) -> tuple[int, int]:
     per_epoch = max(1, math.ceil(n_rows / recipe.train.batch_size))
     whole = math.ceil(per_epoch * recipe.train.epochs)
     return per_epoch, whole if recipe.train.max_steps is None else recipe.train.max_steps
+
+
+def warmup_steps(train: Train, total: int) -> int:
+    """Steps in which the learning rate rises; none in a short run, whose first step would learn nothing."""
+    return math.ceil(train.warmup_ratio * total) if total >= SHORT else 0
 
 
 def evaluation_steps(per_epoch: int, total: int, every: float) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ large block of logits, TRL's tiled head is used as it is. Both give the same los
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,12 @@ from trl import SFTTrainer
 
 from toolkit import bundle, disk
 from toolkit.errors import TrainingError
+from toolkit.fit.fitted import not_finite
+from toolkit.fit.head import MAX_LOGITS, SupervisedHead
 
-MAX_LOGITS = 2**26  # elements of [supervised tokens, vocabulary] that are computed in one block
 WEIGHTS_FILE = "trainable.safetensors"
 WATCH_FILE = "watch.json"
 KEPT_CHECKPOINTS = 2
-
-
-class SupervisedHead:
-    """Lets the language-model head see the positions whose next token is supervised, and no others."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self._keep: torch.Tensor | None = None
-        head.register_forward_pre_hook(self._select)
-
-    @contextmanager
-    def only(self, keep_BT: torch.Tensor) -> Iterator[None]:
-        """Within, the head's input [B, T, H] becomes [N, H]: the N positions that `keep_BT` marks."""
-        self._keep = keep_BT
-        try:
-            yield
-        finally:
-            self._keep = None
-
-    def _select(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._keep is None:
-            return None
-        hidden_BTH = inputs[0][:, -self._keep.shape[1] :]  # virtual tokens of prompt tuning stand before the row
-        return (hidden_BTH[self._keep], *inputs[1:])
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
@@ -201,12 +178,3 @@ def restore(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
-
-
-def not_finite(step: int, value: float) -> str:
-    """What is said when training ends because numbers ran away: where, what stays, what to try."""
-    return (
-        f"step {step}: the loss is {value}, so training stopped; the last good checkpoint is kept. Try a smaller"
-        " train.learning_rate (a third of this one), train.max_grad_norm 1.0, or train.precision fp32; then run again"
-        " with --fresh."
-    )

@@ -3,11 +3,9 @@ stop.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from toolkit import bundle, disk
 from toolkit.errors import TrainingError
 from toolkit.fit.display import Display
-from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, not_finite, read_weights, restore, trainable
+from toolkit.fit.fitted import not_finite
+from toolkit.fit.stops import StopOnSignal
+from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, read_weights, restore, trainable
 from toolkit.track import Track
 
 CHECKPOINT_S = 20.0  # at most this much work, and the time of one save, is repeated after a kill
@@ -41,10 +41,9 @@ class Watch(TrainerCallback):
     checkpoints carry.
     """
 
-    def __init__(self, run: bundle.Run, looks: Looks, track: Track, display: Display) -> None:
-        self.run, self.looks, self.track, self.display = run, looks, track, display
+    def __init__(self, run: bundle.Run, looks: Looks, track: Track, display: Display, stops: StopOnSignal) -> None:
+        self.run, self.looks, self.track, self.display, self.stops = run, looks, track, display, stops
         self.trainer: Trainer | None = None
-        self.stop_asked = False  # by a signal to this process
         self.is_stopping = False  # agreed on by all processes
         self._saved_at = time.monotonic()
 
@@ -84,7 +83,7 @@ class Watch(TrainerCallback):
         control.should_log = True
         since = time.monotonic() - self._saved_at
         is_due = since >= max(CHECKPOINT_S, SAVE_SHARE * self.trainer.save_seconds)
-        is_due, self.is_stopping = _agree(self.trainer, is_due, self.stop_asked)
+        is_due, self.is_stopping = _agree(self.trainer, is_due, self.stops.is_asked)
         if is_due or self.is_stopping or state.global_step in self.trainer.keep:
             control.should_save = True
         if self.is_stopping:
@@ -133,36 +132,3 @@ def _agree(trainer: Trainer, *wishes: bool) -> list[bool]:
         return list(wishes)
     told = trainer.accelerator.gather(torch.tensor([wishes], device=trainer.args.device))
     return [bool(wish) for wish in told.any(dim=0)]
-
-
-class StopOnSignal:
-    """Within, the first Ctrl-C or SIGTERM asks the watch to save and stop after this step; a second one interrupts
-    at once. What comes within a second is the same wish: torchrun sends SIGTERM after a Ctrl-C.
-    """
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-        self._before: dict[int, Any] = {}
-        self._asked_at = 0.0
-
-    def __enter__(self) -> "StopOnSignal":
-        """Take the signals, if this is the main thread."""
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self._watch.stop_asked:
-            if time.monotonic() - self._asked_at > 1.0:
-                raise KeyboardInterrupt
-            return
-        self._watch.stop_asked, self._asked_at = True, time.monotonic()
-        self._watch.display.say("Stopping after this step; once more to stop at once.")

@@ -1,0 +1,167 @@
+"""Rows of several adapters cut into micro batches that one forward pass of a stack takes.
+
+A share is what one adapter learns from in one step, or is measured on. Its rows are packed (several conversations in
+a row, each with positions from 0) where the adapter allows it, padded on the right where not; the two never meet in
+one batch. Small shares of several adapters are joined; a share that fills a batch by itself is cut the same way
+whoever learns beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from toolkit.fit.rows import IGNORED, first_fit
+
+# B rows of a batch (each holds one or more conversations), T tokens, N supervised tokens.
+
+Row = tuple[Sequence[int], Sequence[int]]  # token ids, labels
+
+
+@dataclass(frozen=True)
+class Share:
+    """Conversations of one adapter. `slot`: its owner number in the stack; `draws`: a number per conversation that
+    dropout follows from, None: no dropout.
+    """
+
+    slot: int
+    rows: Sequence[Row]
+    packing: bool
+    draws: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one batch may hold: tokens, padding included, and supervised tokens (each costs a row of logits)."""
+
+    n_tokens: int
+    n_supervised: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass. `share_N`: for each supervised token, in the order of `keep_BT`, the number of its share;
+    `extra`: position_ids packed, attention_mask unpacked.
+    """
+
+    input_ids_BT: Tensor
+    keep_BT: Tensor
+    targets_N: Tensor
+    share_N: Tensor
+    owners: tuple[int, ...]
+    extra: dict[str, Tensor]
+    draws_B: Tensor | None
+
+
+@dataclass
+class _Piece:
+    """Bins of one share that stay together; every bin is a row of the batch."""
+
+    share: int
+    bins: list[list[int]]
+    width: int
+    n_supervised: int
+
+
+@dataclass
+class _Open:
+    """A batch that is being filled."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+
+    def would_hold(self, piece: _Piece, limits: Limits) -> bool:
+        """Whether one more piece fits."""
+        every = [*self.pieces, piece]
+        n_bins, width = sum(len(one.bins) for one in every), max(one.width for one in every)
+        n_supervised = sum(one.n_supervised for one in every)
+        return n_bins * width <= limits.n_tokens and n_supervised <= limits.n_supervised
+
+
+def micro_batches(shares: Sequence[Share], limits: Limits, pad_id: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Every row of every share, in batches within the limits; a single row may exceed them.
+
+    The order follows the shares: rows of one adapter stand side by side. Cost: sorting; tensors are made one batch at a
+    time.
+    """
+    for packing in (True, False):
+        opened = _Open()
+        for number, share in enumerate(shares):
+            if share.packing != packing:
+                continue
+            for piece in _pieces(number, share, limits):
+                if opened.pieces and not opened.would_hold(piece, limits):
+                    yield _made(opened.pieces, shares, pad_id, device)
+                    opened = _Open()
+                opened.pieces.append(piece)
+        if opened.pieces:
+            yield _made(opened.pieces, shares, pad_id, device)
+
+
+def n_supervised(rows: Sequence[Row]) -> int:
+    """How many tokens a loss over these rows is divided by; the first of a row has nothing before it."""
+    return sum(sum(label != IGNORED for label in labels[1:]) for _, labels in rows)
+
+
+def _pieces(number: int, share: Share, limits: Limits) -> Iterator[_Piece]:
+    lengths = [len(ids) for ids, _ in share.rows]
+    width = max(lengths)
+    if share.packing:
+        bins = first_fit(lengths, width)
+    else:
+        bins = [[i] for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+    piece: _Piece | None = None
+    for members in bins:
+        n_kept = n_supervised([share.rows[i] for i in members])
+        n_wide = sum(lengths[i] for i in members) if not share.packing else width
+        if piece is not None:
+            is_full = (len(piece.bins) + 1) * max(piece.width, n_wide) > limits.n_tokens
+            if is_full or piece.n_supervised + n_kept > limits.n_supervised:
+                yield piece
+                piece = None
+        if piece is None:
+            piece = _Piece(number, [], n_wide, 0)
+        piece.bins.append(members)
+        piece.n_supervised += n_kept
+    if piece is not None:
+        yield piece
+
+
+def _made(pieces: Sequence[_Piece], shares: Sequence[Share], pad_id: int, device: torch.device) -> MicroBatch:
+    n_bins, width = sum(len(piece.bins) for piece in pieces), max(piece.width for piece in pieces)
+    ids_BT = torch.full((n_bins, width), pad_id)
+    labels_BT = torch.full((n_bins, width), IGNORED)
+    positions_BT = torch.arange(width).repeat(n_bins, 1)
+    mask_BT = torch.zeros(n_bins, width, dtype=torch.long)
+    draws: list[int] = []
+    share_B: list[int] = []
+    b = 0
+    for piece in pieces:
+        share = shares[piece.share]
+        for members in piece.bins:
+            at = 0
+            for i in members:
+                ids, labels = share.rows[i]
+                end = at + len(ids)
+                ids_BT[b, at:end] = torch.as_tensor(ids)
+                labels_BT[b, at:end] = torch.as_tensor(labels)
+                labels_BT[b, at] = IGNORED  # in a packed row its neighbour is another talk
+                positions_BT[b, at:end] = torch.arange(len(ids))
+                at = end
+            mask_BT[b, :at] = 1
+            positions_BT[b, at:] = torch.arange(width - at)
+            draws.append(0 if share.draws is None else share.draws[members[0]])
+            share_B.append(piece.share)
+            b += 1
+    keep_BT = torch.nn.functional.pad(labels_BT[:, 1:] != IGNORED, (0, 1), value=False)
+    packing = shares[pieces[0].share].packing
+    has_dropout = any(share.draws is not None for share in shares)
+    return MicroBatch(
+        input_ids_BT=ids_BT.to(device),
+        keep_BT=keep_BT.to(device),
+        targets_N=labels_BT[:, 1:][keep_BT[:, :-1]].to(device),
+        share_N=torch.tensor(share_B)[:, None].expand(n_bins, width)[keep_BT].to(device),
+        owners=tuple(shares[number].slot for number in share_B),
+        extra={"position_ids": positions_BT.to(device)} if packing else {"attention_mask": mask_BT.to(device)},
+        draws_B=torch.tensor(draws, dtype=torch.long, device=device) if has_dropout else None,
+    )
