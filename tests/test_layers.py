@@ -21,9 +21,10 @@ LAYERS: dict[str, int] = {
     "toolkit.search": 8,
     "toolkit.ensemble": 9,
     "toolkit.choose": 10, "toolkit.report": 10, "toolkit.check": 10, "toolkit.start": 10, "toolkit.judge": 10,
-    "toolkit.chat": 10, "toolkit.export": 10,
-    "toolkit.pipeline": 11,
-    "toolkit.train": 12, "toolkit.__main__": 13,
+    "toolkit.chat": 10, "toolkit.export": 10, "toolkit.spoken": 10,
+    "toolkit.steps": 11,
+    "toolkit.pipeline": 12, "toolkit.searching": 12,
+    "toolkit.train": 13, "toolkit.__main__": 14,
     "serve": 20,
 }  # fmt: skip
 SERVE_MAY_IMPORT = 6

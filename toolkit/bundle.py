@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from toolkit.disk import is_whole, make_folder, remove, stamp, sweep, write_json
-from toolkit.errors import RunError
+from toolkit.errors import BusyError, RunError
 
 VERSION = 1
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 BEFORE_FILE = "before.json"  # under checkpoints/: what the bare base does, measured once a run
-BEGUN = frozenset({"recipe.yaml", "template.jinja", "generation.json", "checkpoints"})  # written before run.json
+BEGUN = frozenset(
+    {"recipe.yaml", "template.jinja", "generation.json", "checkpoints", "search"}
+)  # written before run.json
 
 
 class Run:
@@ -128,6 +130,15 @@ class Run:
             sweep(self.path)
             yield
 
+    def is_free(self) -> bool:
+        """Whether no process holds the folder at this moment."""
+        try:
+            with (self.path / LOCK_FILE).open("a+", encoding="utf-8") as file:
+                _take_lock(file, self.path)
+        except BusyError:
+            return False
+        return True
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; torn and damaged ones do not count."""
         found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
@@ -147,7 +158,7 @@ def _take_lock(file: IO[str], path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise RunError(
+        raise BusyError(
             f"{path}: another process is working on this run ({file.read().strip() or 'unknown'})."
             " Wait for it, or name=… another run."
         ) from None

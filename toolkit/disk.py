@@ -20,6 +20,11 @@ from toolkit.errors import DiskError
 COMPLETE = "COMPLETE"  # the marker of a folder that counts only when it is there; written last
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept for the next run: XDG_CACHE_HOME/maltu, or ~/.cache/maltu."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maltu"
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents. Raises DiskError that says what stands in the way."""
     try:
@@ -103,15 +108,30 @@ def is_whole(folder: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Clear away what killed processes left under a folder that nobody else writes to: half-written files go, and a
-    folder that was moved aside to be replaced, and was not, comes back.
+    """Clear away what killed processes left under a folder: half-written files go, and a folder that was moved aside
+    to be replaced, and was not, comes back. What a living process of this machine is writing stays.
     """
-    for left in sorted(folder.rglob(".*.replaced")):
+    for left in sorted(path for path in folder.rglob(".*.replaced") if not _is_at_work(path)):
         place = left.with_name(left.name[1:].rsplit(".", 2)[0])
         with contextlib.suppress(OSError):
             left.rename(place)  # refused where the new one has come
     for left in sorted([*folder.rglob(".*.writing"), *folder.rglob(".*.replaced")]):
-        remove(left)
+        if not _is_at_work(left):
+            remove(left)
+
+
+def _is_at_work(path: Path) -> bool:
+    """Whether the process that its name tells lives: several work in one folder while a search runs."""
+    number = path.name.rsplit(".", 2)[-2]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def remove(path: Path) -> None:

@@ -65,10 +65,20 @@ class RunError(MaltuError):
     exit_code = 2
 
 
+class BusyError(RunError):
+    """A run folder that another process is working on."""
+
+
 class DiskError(RunError):
     """A file that could not be written: the disk is full, or the place is read-only."""
 
     exit_code = 1
+
+
+class SearchError(MaltuError):
+    """A study whose storage cannot be reached or read."""
+
+    exit_code = 2
 
 
 class TrainingError(MaltuError):

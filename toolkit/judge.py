@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +99,7 @@ class Judge:
 
     def measure_base(self) -> dict[str, Any]:
         """`measure` of the bare base; kept in the user's cache by hash of all that it depends on."""
-        file = cache_folder() / "judged" / f"{self._key()}.json"
+        file = disk.cache_folder() / "judged" / f"{self._key()}.json"
         with contextlib.suppress(OSError, ValueError):  # not there, or damaged: measured again
             kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return kept
@@ -166,11 +165,6 @@ class Judge:
         for of in (held.prompts, held.talks, held.learned):  # with their languages and labels
             digest.update(repr([_content(one) for one in of]).encode())
         return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where measurements of bases are kept: XDG_CACHE_HOME/maltu, or ~/.cache/maltu."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maltu"
 
 
 def guess_language(talk: Talk) -> str | None:

@@ -30,7 +30,12 @@ def train(arguments: argparse.Namespace) -> int:
     from toolkit.quiet import quiet
 
     with quiet():  # some libraries talk while they are imported
-        from toolkit.pipeline import Options, run
+        from toolkit.steps import Options
+
+        if recipe.search is None:
+            from toolkit.pipeline import run
+        else:
+            from toolkit.searching import run
 
     command = shlex.join([arguments.recipe, *arguments.overrides])
     return run(recipe, Options(runs=arguments.runs, fresh=arguments.fresh, quiet=arguments.quiet, command=command))

@@ -191,11 +191,11 @@ def test_what_killed_processes_left_is_cleared_away_and_what_they_moved_aside_co
     command: Command, finished: Path
 ) -> None:
     before = contents(finished)
-    for left in ("checkpoints/.step-00000003.7.writing", "adapters/.main.7.writing", "adapters/.main.7.replaced"):
+    for left in ("checkpoints/.step-00000003.49999999.writing", "adapters/.main.49999999.writing", "adapters/.main.49999999.replaced"):
         (finished / left).mkdir(parents=True)
         (finished / left / "half").write_text("half")
-    (finished / ".run.json.7.writing").write_text("half")
-    shutil.copytree(finished / "adapters" / "main", finished / "adapters" / ".second.7.replaced")
+    (finished / ".run.json.49999999.writing").write_text("half")
+    shutil.copytree(finished / "adapters" / "main", finished / "adapters" / ".second.49999999.replaced")
     assert command().code == 0
     assert contents(finished / "adapters" / "second") == contents(finished / "adapters" / "main")
     shutil.rmtree(finished / "adapters" / "second")
@@ -305,3 +305,11 @@ def test_a_run_with_a_part_missing_is_refused_by_name(command: Command, finished
 
 def test_evaluate_on_data_that_is_not_there_is_an_error(command: Command, finished: Path) -> None:
     command("runs/tiny", "--data", "tlak.jsonl", verb="evaluate").refuses("tlak.jsonl", "Did you mean")
+
+
+def test_what_a_living_process_is_writing_stays(command: Command, finished: Path) -> None:
+    """Several processes work in one folder while a search runs."""
+    writing = finished / "checkpoints" / f".stack-00000001.{os.getppid()}.writing"
+    writing.mkdir(parents=True)
+    with bundle.Run(finished).locked():
+        assert writing.is_dir()

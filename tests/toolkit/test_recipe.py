@@ -238,8 +238,11 @@ def test_every_key_of_the_schema_is_described() -> None:
 def test_the_recipes_that_ship_are_these() -> None:
     wanted = (
         "casual_chat",
+        "casual_chat_search",
+        "compare_kinds",
         "listener_embedding",
         "polite_prefix",
+        "prefix_search",
         "rewrite_spoken",
         "teacher_reft",
         "topic_line",
@@ -254,7 +257,7 @@ def test_a_shipped_recipe_runs_from_any_folder(file: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe(Path(f"{PREFIX}recipes/{file.name}"))
     assert recipe.name == file.stem
-    assert all(name.startswith(PREFIX) and resolve(name).is_file() for name in recipe.data.train)
+    assert all(name.startswith(PREFIX) and resolve(name).is_file() for name in recipe.data.train_files)
 
 
 @pytest.mark.parametrize("file", [*SHIPPED, *TEMPLATES], ids=lambda file: file.name)

@@ -52,7 +52,6 @@ Problems = Callable[..., list[str]]
             "adapter.target_modules: not a key of an adapter of PEFT. PEFT's own keys stand under options: {target",
         ),
         ("adapter: {kind: ia3, init_ia3_weights: true}", "stand under options: {init_ia3_weights: …}"),
-        ("search: {trials: 3, space: {}}", "line 4  search: not in this version. Remove it"),
         ("experts: {}", "line 4  experts: not in this version. Remove it"),
         ("combine: {kind: route}", "line 4  combine: not in this version. Remove it"),
         ("evaluate: {metrics: [loss, spoken]}", "evaluate.metrics.1: spoken is not in this version. Remove it"),
@@ -121,7 +120,7 @@ def test_an_unknown_key_is_told_with_what_was_meant(problems: Problems, more: st
         ),
         (
             "name: mine\nbase: {model: spoken-mini}\ndata: {train: [{path: x.jsonl, type: alpaca}]}\n",
-            "line 3  data.train.0: must be a file's name, not a section",
+            "line 3  data.train.0.type: not a key of a file with a weight: {path: my.jsonl, weight: 2}. The shape of",
         ),
         ("base: {model: spoken-mini}\ndata: {train: ['maltu:probes.jsonl']}\n", "name: is missing. Write name: mine"),
         (

@@ -46,7 +46,7 @@ def break_once(values: dict[str, Any], chance: random.Random) -> None:
         around[chance.choice(KEYS)] = copy.deepcopy(chance.choice(JUNK))
 
 
-@pytest.mark.parametrize("name", ["voice_classify", "polite_prefix", "templates/spoken_mini"])
+@pytest.mark.parametrize("name", ["voice_classify", "polite_prefix", "compare_kinds", "templates/spoken_mini"])
 def test_a_broken_recipe_is_a_recipe_or_a_recipe_error(name: str, tmp_path: Path) -> None:
     chance = random.Random(name)
     whole = yaml.safe_load(to_yaml(read_recipe(ROOT / "recipes" / f"{name}.yaml", to_run=False)))

@@ -3,13 +3,13 @@
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from toolkit.corpus.clean import DUPLICATES, CleanReport, clean_talks
-from toolkit.corpus.load import MAX_PROBLEMS, load_talks
+from toolkit.corpus.load import MAX_PROBLEMS, load_numbered
 from toolkit.corpus.near import Ints
 from toolkit.corpus.split import draw
 from toolkit.corpus.store import Talks
@@ -29,12 +29,16 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Talk to learn from, to watch while learning, and to judge by at the end; and what cleaning did to all of it."""
+    """Talk to learn from, to watch while learning, and to judge by at the end; and what cleaning did to all of it.
+
+    entry: for each talk to learn from, the place in data.train of the file that it came from (of duplicates the first).
+    """
 
     train: Talks
     valid: Talks
     test: Talks
     report: CleanReport
+    entry: Ints = field(repr=False, compare=False)
 
 
 def gather(data: Data, seed: int, workdir: Path | None) -> Corpus:
@@ -47,9 +51,9 @@ def gather(data: Data, seed: int, workdir: Path | None) -> Corpus:
     data.clean.max_dropped of the talks loaded had to be dropped (duplicates are no damage and do not count).
     MaltuError where temporary files find no room.
     """
-    came_from = array("b")
+    came_from, entry = array("b"), array("q")
     try:
-        cleaned = clean_talks(_load(data, came_from), data.clean, workdir)
+        cleaned = clean_talks(_load(data, came_from, entry), data.clean, workdir)
     except OSError as error:  # what goes wrong while the user's files are read is a problem of theirs already
         place = workdir or tempfile.gettempdir()
         says = f"{place}: temporary files for many talks cannot be written there ({error.strerror or error})"
@@ -61,22 +65,24 @@ def gather(data: Data, seed: int, workdir: Path | None) -> Corpus:
     shares = (_share(data.valid), _share(data.test))
     part[learned] = draw(cleaned.talks.select(learned), cleaned.report.cluster[learned], shares, seed)
     train, valid, test = (cleaned.talks.select(part == number) for number in (TRAIN, VALID, TEST))
-    return Corpus(train, valid, test, cleaned.report)
+    of_train = np.asarray(entry, dtype=np.int64)[cleaned.origin][part == TRAIN]
+    return Corpus(train, valid, test, cleaned.report, of_train)
 
 
 def _share(held: float | Sequence[str]) -> float:
     return float(held) if isinstance(held, float | int) else 0.0
 
 
-def _load(data: Data, came_from: "array[int]") -> Iterator[Talk]:
+def _load(data: Data, came_from: "array[int]", entry: "array[int]") -> Iterator[Talk]:
     """Talks of test, valid and train files in this order, so that of duplicates the held-out one is kept."""
     problems: list[Problem] = []
-    for number, files in ((TEST, data.test), (VALID, data.valid), (TRAIN, data.train)):
+    for number, files in ((TEST, data.test), (VALID, data.valid), (TRAIN, data.train_files)):
         if isinstance(files, float | int):
             continue
         try:
-            for talk in load_talks(files, data.format, data.system):
+            for place, talk in load_numbered(files, data.format, data.system):
                 came_from.append(number)
+                entry.append(place)
                 yield talk
         except DataError as error:
             problems.extend(error.problems)
@@ -96,7 +102,8 @@ def _refuse_damage(report: CleanReport, max_dropped: float) -> None:
 
 
 def _refuse_empty(data: Data, part: Ints, report: CleanReport) -> None:
-    for number, key, files in ((TRAIN, "train", data.train), (VALID, "valid", data.valid), (TEST, "test", data.test)):
+    named = ((TRAIN, "train", data.train_files), (VALID, "valid", data.valid), (TEST, "test", data.test))
+    for number, key, files in named:
         if not isinstance(files, float | int) and not (part == number).any():
             says = f"nothing is left of {', '.join(files)} after cleaning{_table(report)}"
             raise DataError("data", [Problem(f"data.{key}", says)])

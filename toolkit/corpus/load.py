@@ -66,11 +66,16 @@ def load_talks(files: Sequence[str], format: Format, system: str | None) -> Iter
     Raises: DataError with every problem, once all files are read or MAX_PROBLEMS are found; talks come before it, so a
     caller must not act on them until the iterator has ended.
     """
+    return (talk for _, talk in load_numbered(files, format, system))
+
+
+def load_numbered(files: Sequence[str], format: Format, system: str | None) -> Iterator[tuple[int, Talk]]:
+    """What load_talks gives, each with the place of its file in `files`."""
     problems: list[Problem] = []
-    for file in files:
+    for place, file in enumerate(files):
         for found in _read_file(file, format, system):
             if isinstance(found, Talk):
-                yield found
+                yield place, found
                 continue
             problems.append(found)
             if len(problems) == MAX_PROBLEMS:

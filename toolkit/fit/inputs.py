@@ -23,7 +23,7 @@ def inputs_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe by dotted key, and SHA-256 of every local data file and of the base's files; fetches a hub base."""
     data = recipe.data
     held = [name for part in (data.valid, data.test) if not isinstance(part, float | int) for name in part]
-    named = [*data.train, *held, *([recipe.evaluate.prompts] if recipe.evaluate.prompts else [])]
+    named = [*data.train_files, *held, *([recipe.evaluate.prompts] if recipe.evaluate.prompts else [])]
     return {
         "recipe": flat(recipe.model_dump(mode="json")),
         "data": {name: name if name.startswith("hub:") else hash_file(resolve(name)) for name in named},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -29,6 +30,7 @@ class Rows:
     """The rendered conversations of each part, and what rendering dropped by reason (and cut, as `old_turns`).
 
     kept_talks: for each row of a part the place of its talk in the corpus; a base from scratch cuts long talks in rows.
+    entry: for each row of train the place in data.train of the file that it came from.
     """
 
     train: list[Rendered]
@@ -36,6 +38,7 @@ class Rows:
     test: list[Rendered]
     dropped: dict[str, int]
     kept_talks: dict[str, list[int]]
+    entry: list[int]
 
     def held_out(self) -> tuple[str, list[Rendered]]:
         """The part that says how good the result is: test, else valid; empty when neither was asked for."""
@@ -153,7 +156,8 @@ def render_rows(recipe: Recipe, renderer: Renderer, corpus: Corpus) -> Rows:
             " long ones; data.clean.max_dropped allows more."
         )
         raise DataError(recipe.name, [Problem("data", says)])
-    return Rows(parts["train"], parts["valid"], parts["test"], dropped, kept)
+    entry = [int(corpus.entry[i]) for i in kept["train"]]
+    return Rows(parts["train"], parts["valid"], parts["test"], dropped, kept, entry)
 
 
 def cut_row(row: Rendered, length: int) -> Iterator[Rendered]:
@@ -165,11 +169,33 @@ def cut_row(row: Rendered, length: int) -> Iterator[Rendered]:
 
 
 def training_rows(recipe: Recipe, base: LoadedBase, rows: Rows) -> Sequence[tuple[list[int], list[int]]]:
-    """Token ids and labels, a conversation a row; for a base from scratch, windows of the whole context."""
+    """Token ids and labels, a conversation a row; for a base from scratch, windows of the whole context.
+
+    An epoch is one pass over them: rows stand here as often as the weights of THIS recipe's files say.
+    """
+    seen = weigh(recipe, rows)
     if not is_new(recipe):
-        return [(row.input_ids, row.labels) for row in rows.train]
+        return [(row.input_ids, row.labels) for row in seen]
     document = base.tokenizer.bos_token_id
     assert document is not None  # train_tokenizer sets it
     length = max_length(recipe, base.context)
-    streams = windows((row.input_ids for row in rows.train), length, document)
+    streams = windows((row.input_ids for row in seen), length, document)
     return [(ids, [IGNORED, *ids[1:]]) for ids in streams if len(ids) > 1]
+
+
+def weigh(recipe: Recipe, rows: Rows) -> list[Rendered]:
+    """The rows of one epoch: those of a file with weight w stand there w times on average, in passes over all files.
+
+    Weight 2.3 is two whole copies and a draw of 30 % of the file's rows; the draw follows from train.seed and the place
+    of the file, and stays the same in every epoch. A file keeps one row at least. Weights of 1 change nothing.
+    """
+    entry_N = np.asarray(rows.entry, dtype=np.int64)  # N rows
+    copies_N = np.ones(len(rows.train), dtype=np.int64)
+    for place, weight in enumerate(recipe.data.train_weights):
+        own = np.flatnonzero(entry_N == place)
+        whole = int(weight)
+        n_drawn = round((weight - whole) * len(own)) or int(whole == 0 and len(own) > 0)
+        copies_N[own] = whole
+        copies_N[np.random.default_rng([recipe.train.seed, place]).permutation(own)[:n_drawn]] += 1
+    passes = range(int(copies_N.max(initial=0)))
+    return [rows.train[i] for number in passes for i in np.flatnonzero(copies_N > number).tolist()]

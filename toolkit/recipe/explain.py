@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import ErrorDetails
 
 from toolkit.recipe.adapter import KINDS, PEFT_KINDS, PeftKind
-from toolkit.recipe.model import Base, Columns, Labels, NewBase, Recipe
+from toolkit.recipe.model import Base, Columns, Labels, NewBase, Range, Recipe, WeightedFile
 from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.section import Section
 from toolkit.recipe.tree import Key, dotted
@@ -19,11 +19,13 @@ from toolkit.recipe.words import VALUES, VALUES_NOT_IN_THIS_VERSION, normal
 BRANCHES: dict[str, type[Section] | None] = {
     **{f"<{kind}>": section for kind, section in KINDS.items()},
     "<peft>": PeftKind, "<model>": Base, "<new>": NewBase, "<columns>": Columns, "<labels>": Labels,
-    "<word>": None, "<value>": None, "<files>": None,
+    "<weighted>": WeightedFile, "<range>": Range, "<word>": None, "<value>": None, "<whole>": None, "<files>": None,
+    "<choices>": None, "<kinds>": None,
 }  # fmt: skip
 HOW = {
     "name": "name: mine", "base": "base: {model: spoken-mini}", "base.model": "base: {model: spoken-mini}",
-    "data": "data: {train: [my.jsonl]}", "data.train": "data: {train: [my.jsonl]}",
+    "data": "data: {train: [my.jsonl]}", "data.train": "data: {train: [my.jsonl]}", "data.train.path": "path: my.jsonl",
+    "search.space": "space: {train.learning_rate: {low: 1e-4, high: 1e-2, log: true}}",
 }  # fmt: skip
 SHORT_FORMS = {"base": "base: {{model: {}}}", "adapter": "adapter: {{kind: {}}}", "data": "data: {{train: [{}]}}"}
 ACCEPTED = {
@@ -55,9 +57,9 @@ class Complaint:
 def explain(errors: Sequence[ErrorDetails]) -> list[Complaint]:
     """One complaint for each mistake behind pydantic's errors; silent where a key is missing that has a wrong name."""
     complaints = [_explain_one(error) for error in errors if not _follows_from_another(error)]
-    meant = [tuple(complaint.meant.split(".")) for complaint in complaints if complaint.meant]
+    meant = [f"{complaint.meant}." for complaint in complaints if complaint.meant]
     return [
-        replace(one, is_silent=one.is_missing and any(key[: len(one.key)] == one.key for key in meant))
+        replace(one, is_silent=one.is_missing and any(name.startswith(f"{dotted(one.key)}.") for name in meant))
         for one in complaints
     ]
 
@@ -83,6 +85,8 @@ def _explain_one(error: ErrorDetails) -> Complaint:
         return Complaint((*key, "kind"), _wrong_kind(name, value.get("kind")))
     if kind == "literal_error":
         return Complaint(key, _wrong_word(name, value, re.findall(r"'([^']*)'", error["ctx"]["expected"])))
+    if kind == "dict_type" and name.startswith("search.space."):
+        return Complaint(key, f"must be a map of keys, as in {{train.learning_rate: [0.01]}}, not {shown(value)}")
     if kind in ("union_tag_not_found", "model_type", "dict_type", "model_attributes_type"):
         return Complaint(key, _wrong_section(name, value))
     return Complaint(key, _wrong_value(name, error))
@@ -94,7 +98,8 @@ def _section_around(where: tuple[int | str, ...]) -> type[Section]:
         inner = BRANCHES.get(part) if isinstance(part, str) else None
         if inner is None and isinstance(part, str) and part in section.model_fields:
             annotation = section.model_fields[part].annotation
-            inner = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+            forms = (annotation, *get_args(annotation))  # of `Search | None` both
+            inner = next((one for one in forms if isinstance(one, type) and issubclass(one, Section)), None)
         section = inner or section
     return section
 
@@ -134,6 +139,10 @@ def _wrong_word(name: str, value: object, words: list[str]) -> str:
 def _wrong_section(name: str, value: object) -> str:
     if name == "data.format":
         return f"must be {ACCEPTED[name]}"
+    if name.startswith("search.space."):
+        one = f". Write [{value}]" if isinstance(value, str | int | float) else ""
+        one = f". A key is written whole, as in {name[13:]}.{next(iter(value))}" if isinstance(value, dict) else one
+        return f"must be a range {{low: …, high: …}} or a list of choices, not {shown(value)}{one}"
     if isinstance(value, str) and name in SHORT_FORMS:
         told, comma, besides = VALUES.get(f"{name}.kind", {}).get(normal(value), value).partition(", with ")
         extra = f", with {besides}" if comma else ""
@@ -162,7 +171,7 @@ def _wrong_value(name: str, error: ErrorDetails) -> str:
     if kind == "string_too_short":
         return "is empty. Write something, or remove it"
     if kind == "too_short":
-        return "is an empty list. Name at least one"
+        return f"is empty. Write {HOW[name]}" if name == "search.space" else "is an empty list. Name at least one"
     if kind in ("tuple_type", "list_type"):
         as_list = f", as in [{value}]" if isinstance(value, str | int | float) else ""
         return f"must be a list{as_list}, not {shown(value)}" + (". Write [] for none" if value is None else "")

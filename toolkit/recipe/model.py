@@ -10,10 +10,11 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from toolkit.recipe.adapter import Adapter, Embedding, Full, Lora, PeftKind, Prefix, Reft
 from toolkit.recipe.section import AutoBool, AutoInt, AutoRate, Section, SomeStrings
+from toolkit.recipe.space import Range, Search
 
 __all__ = [
     "Adapter", "Base", "Clean", "Columns", "Data", "Embedding", "Evaluate", "Full", "Labels", "Lora", "NewBase",
-    "NewShape", "PeftKind", "Prefix", "Recipe", "Reft", "Serve", "Train",
+    "NewShape", "PeftKind", "Prefix", "Range", "Recipe", "Reft", "Search", "Serve", "Train", "WeightedFile",
 ]  # fmt: skip
 
 RESERVED_NAMES = frozenset({"base", "auto"})
@@ -157,12 +158,30 @@ class Clean(Section):
     max_dropped: float = Field(default=0.05, ge=0, le=1, description="more than this share dropped stops the run")
 
 
+class WeightedFile(Section):
+    """A file to learn from, more or less often than the others."""
+
+    called: ClassVar[str] = "a file with a weight"
+    path: str = Field(min_length=1, description="the file, as data.train names one")
+    weight: float = Field(default=1.0, gt=0, le=1000, description="how often its rows are seen in an epoch, on average")
+
+
+def _file_form(value: object) -> str:
+    return "<weighted>" if isinstance(value, dict | WeightedFile) else "<word>"
+
+
+TrainFile = Annotated[
+    Annotated[str, Field(min_length=1), Tag("<word>")] | Annotated[WeightedFile, Tag("<weighted>")],
+    Discriminator(_file_form),
+]
+
+
 class Data(Section):
     """Where the talk comes from and how it is split."""
 
     called: ClassVar[str] = "data"
-    train: SomeStrings = Field(
-        description="jsonl, jsonl.gz, csv, parquet, hub:NAME[:config][:split], maltu:NAME (shipped)"
+    train: Annotated[tuple[TrainFile, ...], Field(strict=False, min_length=1)] = Field(
+        description="jsonl, jsonl.gz, csv, parquet, hub:NAME[:config][:split], maltu:NAME (shipped); or {path, weight}"
     )
     valid: Held = Field(default=0.1, description="share held out while training, or files; 0: none")
     test: Held = Field(default=0.1, description="share held out until the end, or files; 0: none")
@@ -171,6 +190,16 @@ class Data(Section):
         default=None, description="system turn put before conversations without one"
     )
     clean: Clean = Field(default=Clean(), description="cleaning")
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """The names of the files to learn from, without their weights."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.train)
+
+    @property
+    def train_weights(self) -> tuple[float, ...]:
+        """The weight of each file to learn from; 1 where none is written."""
+        return tuple(1.0 if isinstance(one, str) else one.weight for one in self.train)
 
 
 class Train(Section):
@@ -280,6 +309,7 @@ class Recipe(Section):
     data: Data = Field(description="the talk")
     adapter: Adapter = Field(default=Lora(), description="what learns, chosen by kind")
     train: Train = Field(default=Train(), description="how it learns")
+    search: Search | None = Field(default=None, description="find the best values by trials; null: none are searched")
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured")
     track: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
         default=("tensorboard",), description="where numbers go beside metrics.jsonl; wandb is offline without a key"

@@ -1,19 +1,27 @@
 """`key=value` from the command line, laid over a recipe's tree: the value is YAML, the key is dotted.
 
 Maps merge key by key, lists replace, and a new kind replaces its section; a section that is missing or null is made.
+A search space is one thing, and so is each of its ranges: what is given for it replaces it whole.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from toolkit.errors import Problem, RecipeError
+from toolkit.recipe.adapter import KINDS, PEFT_KINDS
+from toolkit.recipe.space import Range
 from toolkit.recipe.tree import Key, Place, Tree, compose, plant
+
+SPACE = ("search", "space")
+SECRET = re.compile(r"(://[^:/@\s]*):[^\s'\"]*@")  # the password in an address
 
 
 def lay_over(tree: Tree, overrides: Sequence[str]) -> None:
     """Put every override into the tree, kinds first; what cannot be read as one becomes a problem of the tree."""
     for text in sorted(overrides, key=_order):
-        shown = text if len(text) <= 70 else text[:67] + "…"
+        shown = SECRET.sub(r"\1:***@", text)
+        shown = shown if len(shown) <= 70 else shown[:67] + "…"
         key = _key_of(text)
         if key is None:
             says = "must be key=value, as in train.epochs=1 or adapter.kind=prefix"
@@ -29,6 +37,8 @@ def lay_over(tree: Tree, overrides: Sequence[str]) -> None:
         value = None if node is None else plant(new, key, node, shown)
         for part in reversed(key):
             value = {part: value}
+        if key[:2] == SPACE:
+            _clear(tree.values, key)
         tree.problems += new.problems
         tree.spoiled |= new.spoiled
         _merge(tree, new, (), tree.values, value)
@@ -44,7 +54,26 @@ def _order(text: str) -> int:
 def _key_of(text: str) -> Key | None:
     name, equals, _ = text.partition("=")
     parts = tuple(name.strip().split("."))
-    return parts if equals and all(parts) and not any(part != part.strip() for part in parts) else None
+    is_key = equals and all(parts) and not any(part != part.strip() for part in parts)
+    return (_in_space(parts) if parts[:2] == SPACE else parts) if is_key else None
+
+
+def _in_space(parts: tuple[str, ...]) -> Key:
+    """The key of a search space that `search.space.train.learning_rate.low` means: its own keys hold dots."""
+    has_kind = parts[2:3] == ("adapter",) and len(parts) > 3 and parts[3] in {*KINDS, *PEFT_KINDS}
+    head = parts[: 4 if has_kind else 2]
+    name = parts[len(head) :]
+    n_after = int(len(name) > 1 and name[-1] in Range.model_fields)
+    joined = ".".join(name[: len(name) - n_after])
+    return (*head, *([joined] if joined else []), *name[len(name) - n_after :])
+
+
+def _clear(values: Any, key: Key) -> None:
+    """Take out what an override of a search space replaces."""
+    for part in key[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(key[-1], None)
 
 
 def _merge(tree: Tree, new: Tree, at: Key, into: dict[str, Any], values: Any) -> None:

@@ -12,6 +12,8 @@ from toolkit.recipe.explain import explain
 from toolkit.recipe.model import Recipe
 from toolkit.recipe.override import lay_over
 from toolkit.recipe.sense import Clash, clashes
+from toolkit.recipe.sense_space import misfits
+from toolkit.recipe.space import Range
 from toolkit.recipe.tree import Key, Tree, parse, read_text
 from toolkit.recipe.world import lacks
 from toolkit.shipped import resolve
@@ -34,6 +36,7 @@ STAND_IN: dict[Key, Any] = {
     ("base", "model"): "spoken-mini",
     ("data",): {"train": ["unnamed.jsonl"]},
     ("data", "train"): ["unnamed.jsonl"],
+    ("search", "space"): {"train.learning_rate": [0.001]},
 }
 
 
@@ -77,7 +80,7 @@ def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
             if error.error_count() > MOST_PROBLEMS:
                 break
         else:
-            against = [*clashes(recipe), *(lacks(recipe) if to_run else ())]
+            against = [*clashes(recipe), *misfits(recipe), *(lacks(recipe) if to_run else ())]
             sound = [one for one in against if _is_sound(one, spoiled)]
             return recipe, problems + [tree.problem(_key(one.at), one.says) for one in sound]
     return None, problems
@@ -98,6 +101,9 @@ def _whole(key: Key) -> Key:
     key = next((key[:depth] for depth, part in enumerate(key) if isinstance(part, int)), key)
     if key[:2] == ("data", "format"):
         return key[:2]
+    if key[:2] == ("search", "space"):
+        is_of_kinds = key[2:3] == ("adapter",) and key[3:4] and key[3] not in Range.model_fields
+        return key[:5] if is_of_kinds else key[:3]
     return key[:1] if key in (("adapter", "kind"), ("base", "new")) else key
 
 
@@ -111,6 +117,8 @@ def _stand_in(values: dict[str, Any], key: Key, *, is_unknown: bool = False) -> 
         section[str(key[-1])] = copy.deepcopy(STAND_IN[key])
     else:
         section.pop(key[-1], None)
+        if section == {} and key[:-1] in STAND_IN:
+            section.update(copy.deepcopy(STAND_IN[key[:-1]]))
 
 
 def _is_sound(clash: Clash, spoiled: set[Key]) -> bool:
@@ -122,8 +130,10 @@ def _is_sound(clash: Clash, spoiled: set[Key]) -> bool:
     return True
 
 
-def _key(name: str) -> Key:
-    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+def _key(name: str | Key) -> Key:
+    return (
+        name if isinstance(name, tuple) else tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+    )
 
 
 def _by_place(problem: Problem) -> tuple[bool, int]:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 from toolkit.recipe.adapter import PREFIX_LIKE, SET_BY_US, Full, Lora, PeftKind, Prefix
 from toolkit.recipe.model import CLASSIFY_METRICS, Base, Columns, Labels, NewBase, Recipe
+from toolkit.recipe.tree import Key
 
 
 @dataclass(frozen=True)
 class Clash:
-    """A contradiction: the dotted key to change, what to say, and the other keys it hangs on."""
+    """A contradiction: the key to change (dotted, or its parts where one holds a dot), what to say, and the other keys
+    it hangs on.
+    """
 
-    at: str
+    at: str | Key
     says: str
     needs: tuple[str, ...] = ()
 

@@ -1,16 +1,32 @@
 """What to say about a key that is none: the words of other tools, the keys of other sections, the nearest key."""
 
 from toolkit.recipe.adapter import KINDS, PeftKind
-from toolkit.recipe.model import Base, Clean, Columns, Data, Evaluate, Labels, NewBase, NewShape, Recipe, Serve, Train
+from toolkit.recipe.model import (
+    Base,
+    Clean,
+    Columns,
+    Data,
+    Evaluate,
+    Labels,
+    NewBase,
+    NewShape,
+    Range,
+    Recipe,
+    Search,
+    Serve,
+    Train,
+    WeightedFile,
+)
 from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.section import Section
 from toolkit.recipe.tree import Key, dotted
-from toolkit.recipe.words import ALSO, NO_KEY, NOT_IN_THIS_VERSION, PLACE_OF, normal
+from toolkit.recipe.words import ALSO, NO_KEY, NOT_IN_THIS_VERSION, OF_RANGES, PLACE_OF, normal
 
 PLACES: tuple[tuple[str, type[Section]], ...] = (
     ("", Recipe), ("base", Base), ("base", NewBase), ("base.new", NewShape), ("data", Data), ("data.format", Columns),
     ("data.format", Labels), ("data.clean", Clean), *(("adapter", section) for section in KINDS.values()),
-    ("adapter", PeftKind), ("train", Train), ("evaluate", Evaluate), ("serve", Serve),
+    ("adapter", PeftKind), ("train", Train), ("search", Search), ("evaluate", Evaluate),
+    ("serve", Serve),
 )  # fmt: skip
 
 # Every key of a recipe, with the places and sections that have it.
@@ -30,6 +46,13 @@ def unknown_key(key: Key, section: type[Section]) -> tuple[str, str | None]:
         return "a base exists already (model) or is made (new), not both. Remove one", None
     if known in section.model_fields:
         return f"is spelled {known}", _join(at, known)
+    if section is Range and known in OF_RANGES:
+        return f"here it is called {OF_RANGES[known]}", _join(at, OF_RANGES[known])
+    if section is WeightedFile:
+        guess = nearest(word, WeightedFile.model_fields)
+        says = f"not a key of {section.called}{did_you_mean(guess)}"
+        remedy = "" if guess else ": {path: my.jsonl, weight: 2}. The shape of its rows goes to data.format"
+        return says + remedy, _join(at, guess) if guess else None
     if section is PeftKind and known not in PLACE_OF:
         return f"not a key of {section.called}. PEFT's own keys stand under options: {{{word}: …}}", None
     if known in PLACE_OF:

@@ -6,7 +6,7 @@ They come from LLaMA-Factory, Axolotl, TRL, transformers and PEFT; they are comp
 from collections.abc import Mapping
 
 # What later versions will read. Whoever writes it is told so; it is never an unknown key.
-NOT_IN_THIS_VERSION = ("search", "experts", "combine", "base.candidates")
+NOT_IN_THIS_VERSION = ("experts", "combine", "base.candidates")
 
 # Key here: the words for it elsewhere.
 CALLED: Mapping[str, str] = {
@@ -85,6 +85,14 @@ CALLED: Mapping[str, str] = {
     "train.early_stop_patience": "early_stopping_patience patience early_stopping",
     "train.keep": "save_total_limit keep_checkpoints",
     "train.seed": "random_seed random_state data_seed 시드",
+    "search": "hyperparameter_search hpo sweep optuna tune 탐색",
+    "search.sampler": "search_algorithm search_alg sampling_method",
+    "search.pruner": "pruning early_terminate hpo_scheduler",
+    "search.trials": "n_trials num_trials max_trials num_samples run_cap",
+    "search.minutes": "timeout time_budget max_minutes time_limit",
+    "search.space": "hp_space search_space param_space hyperparameters parameters",
+    "search.storage": "storage_url study_storage",
+    "search.workers": "n_jobs num_search_workers",
     "evaluate.prompts": "eval_prompts test_prompts sample_prompts",
     "evaluate.metrics": "metric_names eval_metrics compute_metrics",
     "track": (
@@ -195,6 +203,12 @@ REMOVE: Mapping[str, str] = {
         "rl beta pref_beta dpo kto orpo reward_model ref_model pref_loss"
     ),
 }
+
+# Words for the keys of a range, which stands below any key of a search space.
+OF_RANGES: Mapping[str, str] = {
+    "min": "low", "minimum": "low", "from": "low", "lower": "low", "start": "low", "max": "high", "maximum": "high",
+    "to": "high", "upper": "high", "stop": "high", "end": "high", "q": "step", "log_scale": "log", "logarithmic": "log",
+}  # fmt: skip
 
 PLACE_OF: Mapping[str, str] = {word: key for key, words in CALLED.items() for word in words.split()}
 NO_KEY: Mapping[str, str] = {word: why for why, words in REMOVE.items() for word in words.split()}

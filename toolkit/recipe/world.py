@@ -23,6 +23,7 @@ def lacks(recipe: Recipe) -> Iterator[Clash]:
     """What the recipe names and this machine lacks; files that would be learned and be the judge of it."""
     yield from _packages(recipe)
     yield from _base(recipe)
+    yield from _storage(recipe)
     lists = _file_lists(recipe)
     for at, name in lists:
         yield from _file(at, name)
@@ -35,11 +36,37 @@ def _packages(recipe: Recipe) -> Iterator[Clash]:
     if isinstance(recipe.base, Base) and recipe.base.quantize == "nf4" and find_spec("bitsandbytes") is None:
         says = "nf4 needs bitsandbytes. Run pip install 'maltu[gpu]', or write quantize: none"
         yield Clash("base.quantize", says)
+    for at, module, package in _of_search(recipe):
+        if find_spec(module) is None:
+            yield Clash(at, f"needs {package}, which is not installed. Run pip install '{package}'")
     for index, tracker in enumerate(recipe.track):
         if find_spec(tracker) is None:
             package = "'maltu[trackio]'" if tracker == "trackio" else tracker
             says = f"{tracker} is not installed. Run pip install {package}, or leave it out"
             yield Clash(f"track.{index}", says)
+
+
+def _of_search(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Modules that a search needs: the key to change, the module, its package."""
+    search = recipe.search
+    if search is None:
+        return
+    for sampler, module in (("gp", "scipy"), ("qmc", "scipy"), ("cmaes", "cmaes")):
+        if search.sampler == sampler:
+            yield "search.sampler", module, module
+    if search.storage is not None:
+        yield "search.storage", "sqlalchemy", "sqlalchemy"
+        if search.storage.startswith("postgresql"):
+            yield "search.storage", "psycopg", "psycopg[binary]"
+
+
+def _storage(recipe: Recipe) -> Iterator[Clash]:
+    url = recipe.search.storage if recipe.search else None
+    if url is None or not url.startswith("sqlite:///"):
+        return
+    folder = Path(url.removeprefix("sqlite:///").partition("?")[0]).parent
+    if not os.path.isdir(folder):
+        yield Clash("search.storage", f"there is no folder {shown(str(folder))} for this file. Make it first")
 
 
 def folder_of(model: str) -> Path | None:
@@ -95,13 +122,15 @@ def _on_tied(recipe: Recipe) -> Iterator[Clash]:
 
 
 def _file_lists(recipe: Recipe) -> list[tuple[str, str]]:
-    lists = {"train": recipe.data.train, "valid": recipe.data.valid, "test": recipe.data.test}
-    return [
-        (f"data.{split}.{index}", name)
-        for split, names in lists.items()
-        if isinstance(names, tuple)
-        for index, name in enumerate(names)
+    data = recipe.data
+    paths = ["" if isinstance(one, str) else ".path" for one in data.train]
+    lists = [
+        (f"data.train.{i}{path}", name) for i, (path, name) in enumerate(zip(paths, data.train_files, strict=True))
     ]
+    for split, names in (("valid", data.valid), ("test", data.test)):
+        if isinstance(names, tuple):
+            lists += [(f"data.{split}.{index}", name) for index, name in enumerate(names)]
+    return lists
 
 
 def _file(at: str, name: str) -> Iterator[Clash]:

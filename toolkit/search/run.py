@@ -1,0 +1,199 @@
+"""A search at work in one process: ask, learn, tell, until the study is over. Any number of processes do the same."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from toolkit import disk
+from toolkit.fit.fitted import Fitted
+from toolkit.fit.many import Setup, fit_many
+from toolkit.fit.plan import Plan
+from toolkit.fit.prepare import place_here, shape_of, training_rows
+from toolkit.fit.stops import StopOnSignal
+from toolkit.search import ledger
+from toolkit.search.crew import FITTED_FILE, Crew, Ground
+from toolkit.search.results import write_results
+from toolkit.search.split import limits_of, trials_together
+from toolkit.search.study import Study
+from toolkit.search.table import SearchTable
+from toolkit.search.workers import Worker
+from toolkit.stack.stack import Stack
+
+WORKER = "MALTU_WORKER"  # how a process started by another one is told its index and whose child it is
+LOOK_S = 0.3
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: its facts for run.json, and the best trial, if its adapter lies in this run folder.
+
+    folder: holds adapter/ (or model/ where everything was trained). where: the worker that has it. history: of every
+    trial that ended its number, loss and the numbers that it tried.
+    """
+
+    facts: dict[str, Any]
+    folder: Path | None
+    fitted: Fitted | None
+    values: Mapping[str, Any]
+    where: str
+    history: tuple[tuple[int, dict[str, float]], ...] = ()
+
+
+def work(
+    ground: Ground, identity: Mapping[str, Any], n_threads: int, console: Console, *, is_quiet: bool
+) -> Found | None:
+    """Take part in the recipe's search until it is over; None: asked to stop, and everything is saved.
+
+    Raises: RunError for a study begun with something else, SearchError for one that cannot be reached, DiskError; the
+    same command goes on.
+    """
+    index, parent = _whose()
+    assert ground.recipe.search is not None  # a search was asked for
+    disk.make_folder(ground.folder)
+    table = SearchTable(console, ground.recipe.search.trials, is_quiet)
+    worker = Worker.here(index)
+    plan = ground.plan(ground.recipe)
+    resolved = {"train.learning_rate": plan.learning_rate, "train.max_length": plan.max_length}
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    study = Study.open(ground.recipe, ground.folder, worker=worker, identity=identity, resolved=resolved, say=table.say)
+    place = ground.checkpoints / f"worker-{worker.name}"
+    try:
+        with table, StopOnSignal(table.say) as stops:
+            crew = Crew(ground, study, place, table, lambda: stops.is_asked or _is_orphan(parent))
+            if not _learn(crew, _setup(ground, plan), table.say):
+                return None
+        return _found(ground, study)
+    finally:
+        study.leave()
+        torch.set_num_threads(before)
+
+
+def _learn(crew: Crew, setup: Setup, say: Callable[[str], None]) -> bool:
+    """Until the study is over; False: asked to stop. Where nothing is left to ask, it waits for the others: one of
+    them may die, and its trials are asked again.
+    """
+    stack = Stack(crew.ground.base.model, base_hash=crew.ground.base.hash)
+    told: set[str] = set()
+    while True:
+        if not fit_many(stack, crew, setup, crew.place):
+            return False
+        alone, crew.alone = crew.alone, None
+        if alone is not None:
+            kind = alone.recipe.adapter.kind
+            if kind not in told:
+                say(f"{kind}: no stack holds adapters of this kind, so its trials run one after another.")
+                told.add(kind)
+            from toolkit.search.alone import fit_alone  # here: trl is slow, and most searches never need it
+
+            if not fit_alone(crew, alone):
+                return False
+            continue
+        if crew.study.is_over():
+            return True
+        if crew.wants_stop():
+            return False
+        crew.show()
+        time.sleep(LOOK_S)
+
+
+def _setup(ground: Ground, plan: Plan) -> Setup:
+    rows = ground.rows.of(ground.recipe)
+    place = place_here()
+    learned = training_rows(ground.recipe, ground.base, rows)
+    longest = max(len(row.input_ids) for row in (*rows.train, *rows.valid))
+    limits = limits_of(shape_of(ground.base.model, ground.base.context), place, plan, longest)
+    together = trials_together(ground.recipe, place, limits, learned)
+    return Setup(together, limits, ground.base.tokenizer.pad_token_id or 0, plan.precision)
+
+
+def _found(ground: Ground, study: Study) -> Found:
+    facts = write_results(study.optuna, ground.folder, ground.recipe)
+    best = study.best()
+    if best is None:
+        return Found(facts, None, None, {}, "")
+    history = tuple((trial.number, _numbers(trial)) for trial in study.trials() if trial.state.is_finished())
+    folder = ground.kept(best.number)
+    where, values = str(best.user_attrs.get(ledger.WORKER, "")), facts["best"]["values"]
+    if not (folder / FITTED_FILE).exists():
+        return Found(facts, None, None, values, where, history)
+    fitted = Fitted(**json.loads((folder / FITTED_FILE).read_text(encoding="utf-8")))
+    return Found(facts, folder, fitted, values, where, history)
+
+
+def _numbers(trial: FrozenTrial) -> dict[str, float]:
+    losses = trial.intermediate_values.values()
+    told = {"search/loss": trial.value if trial.value is not None else min(losses, default=math.nan)}
+    told |= {f"search/{name}": value for name, value in trial.params.items()}
+    return {
+        name: float(value) for name, value in told.items() if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+# Processes
+
+
+class Others:
+    """Worker processes of this machine that were started beside this one: they join the run as anybody might."""
+
+    def __init__(self, command: Sequence[str], folder: Path, count: int, n_threads: int) -> None:
+        self._folder, self._started = folder, []
+        for index in range(1, count + 1):
+            self._started.append((folder / f"worker-{index}.log", _start(command, folder, index, n_threads)))
+
+    def stop(self) -> None:
+        """Ask them to save and stop, and wait for them."""
+        for _, process in self._started:
+            if process.poll() is None:
+                process.terminate()
+        self.wait()
+
+    def wait(self) -> list[str]:
+        """Wait until all have ended; what those say that ended badly."""
+        said = []
+        for log, process in self._started:
+            code = process.wait()
+            if code not in (0, 130, -15):
+                tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [""]
+                said.append(f"A worker ended with code {code}: {tail[0]} ({log})")
+            else:
+                disk.remove(log)
+        return said
+
+
+def _start(command: Sequence[str], folder: Path, index: int, n_threads: int) -> "subprocess.Popen[bytes]":
+    told = {**os.environ, WORKER: f"{index} {os.getpid()}", "OMP_NUM_THREADS": str(n_threads)}
+    with (folder / f"worker-{index}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "toolkit.train", *command],
+            env=told,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _whose() -> tuple[int, int | None]:
+    """This worker's index, and the process that started it to help."""
+    told = os.environ.get(WORKER, "").split()
+    return (int(told[0]), int(told[1])) if len(told) == 2 else (0, None)
+
+
+def is_helper() -> bool:
+    """Whether this process was started by a search to help it."""
+    return _whose()[1] is not None
+
+
+def _is_orphan(parent: int | None) -> bool:
+    return parent is not None and os.getppid() != parent
