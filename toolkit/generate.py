@@ -9,6 +9,7 @@ leaves the batch.
 import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -72,7 +73,7 @@ class Answer:
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Opened,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -88,8 +89,8 @@ def generate(
     certain. Raises: InputError for a prompt that is empty or leaves no room in the base's context; MaltuError if the
     logits are not numbers.
     """
-    with measuring(model) as opened:
-        stops = end_ids(model, tokenizer) if ends is None else frozenset(ends)
+    with _opened(model) as opened:
+        stops = end_ids(opened.model, tokenizer) if ends is None else frozenset(ends)
         rows = _rows(opened, tokenizer, prompts, sampling)
         for batch in _batches(rows, batch_tokens, opened.needs_equal_lengths):
             for taken in _decode(opened, batch, sampling, stops):
@@ -100,7 +101,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module,
+    model: nn.Module | Opened,
     tokenizer: Any,
     prompt_ids: Sequence[int],
     sampling: Sampling,
@@ -113,8 +114,8 @@ def stream(
     A piece never splits a character and never holds part of a stop string. `is_cancelled` is asked before every token.
     The generator returns the Answer (`answer = yield from stream(…)`). Raises: what `generate` raises.
     """
-    with measuring(model) as opened:
-        stops = end_ids(model, tokenizer) if ends is None else frozenset(ends)
+    with _opened(model) as opened:
+        stops = end_ids(opened.model, tokenizer) if ends is None else frozenset(ends)
         rows = _rows(opened, tokenizer, [prompt_ids], sampling)
         steps = _decode(opened, rows, sampling, stops)
         while rows[0].finish is None:
@@ -310,6 +311,11 @@ class _Row:
 
     def answer(self) -> Answer:
         return Answer(tuple(self.ids), "".join(self.text), self.finish or "cancelled", len(self.prompt))
+
+
+def _opened(model: nn.Module | Opened) -> AbstractContextManager[Opened]:
+    """A model opened here; one that its caller opened (several adapters that answer as one) stays the caller's."""
+    return nullcontext(model) if isinstance(model, Opened) else measuring(model)
 
 
 def _rows(opened: Opened, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[_Row]:
