@@ -151,6 +151,21 @@ def test_a_server_that_stops_and_starts_again_gets_what_is_reported_meanwhile(
 
 @needs_postgres
 @pytest.mark.slow
+def test_a_server_that_was_restarted_between_two_reports_is_not_waited_for(tmp_path: Path, postgres: Postgres) -> None:
+    recipe = make_recipe(tmp_path, storage=postgres.url("restarted"))
+    time, say = Time(), Told()
+    study = open_study(recipe, tmp_path / "search", clock=time.clock(), say=say)
+    study.ask()
+    postgres.stop()
+    postgres.start()
+    study.report(0, 1, 2.0)
+    assert study.trials()[0].intermediate_values == {1: 2.0}
+    assert (time.slept, say.lines) == ([], [])
+    study.leave()
+
+
+@needs_postgres
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_search_after_ten_minutes(tmp_path: Path, postgres: Postgres) -> None:
     recipe = make_recipe(tmp_path, storage=postgres.url("away"))
     time, say = Time(), Told()
