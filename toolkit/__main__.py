@@ -14,10 +14,11 @@ VERBS = {
     "train": ("toolkit.train", "train what a recipe says"),
     "evaluate": ("toolkit.judge", "measure a run on its held-out talk, or on files"),
     "chat": ("toolkit.chat", "talk to a run in the terminal"),
+    "spoken": ("toolkit.spoken", "say how spoken the text of data files is"),
     "export": ("toolkit.export", "write a run as a plain model, or send it to a hub"),
     "serve": ("toolkit.__main__", "serve runs over HTTP with a chat page"),
 }
-LATER = ("choose", "spoken", "compare", "sync")
+LATER = ("choose", "compare", "sync")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

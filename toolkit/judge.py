@@ -14,12 +14,14 @@ from torch import nn
 
 from toolkit import bundle, disk
 from toolkit.bases.load import LoadedBase
+from toolkit.bases.spoken import FACTS
 from toolkit.bundle import Run
 from toolkit.card import compared, show_numbers
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk
 from toolkit.errors import BaseError, DataError, Problem, RunError
+from toolkit.evaluate.spoken import PairBits, bits_on_pairs, read_pairs, some_pairs, spoken_numbers
 from toolkit.evaluate.talk import (
     Prompt,
     Sample,
@@ -35,10 +37,11 @@ from toolkit.fit.prepare import cut_row
 from toolkit.generate import Sampling
 from toolkit.loaded import LoadedRun, load_run
 from toolkit.recipe.model import Data, Recipe
-from toolkit.shipped import resolve
+from toolkit.shipped import resolve, shipped
 
 ANSWER_TOKENS = 60  # answers longer than this count as not ended
 N_TEXTS = 100  # held-out texts that text2text writes anew
+N_PAIRS = 100  # of each language, for the metric spoken
 CACHE_VERSION = 2
 # Which numbers a metric of `evaluate.metrics` stands for, by how their names begin.
 NUMBERS = {
@@ -50,6 +53,7 @@ NUMBERS = {
     "length": ("mean tokens",),
     "ends": ("ended",),
     "levels": ("sentences", "answers"),
+    "spoken": ("spoken", "written"),
     "accuracy": ("accuracy", "confusion"),
     "macro_f1": ("macro f1",),
     "log_loss": ("log loss", "calibration error"),
@@ -86,9 +90,11 @@ class Judge:
         if self.task == "classify":
             return found | self._labels(model)
         prompts = self._prompts()
+        samples = answer_prompts(model, self.base.tokenizer, self.renderer, prompts, self.sampling) if prompts else []
+        if "spoken" in self.held.metrics:
+            found |= self._spoken(model, samples)
         if not prompts:
             return found
-        samples = answer_prompts(model, self.base.tokenizer, self.renderer, prompts, self.sampling)
         groups = {"all": measure(samples), **measure_by_language(samples)}
         for lang, measured in groups.items():
             for name, value in measured.summary().items():
@@ -143,6 +149,17 @@ class Judge:
             "bits per byte": {lang: of.bits_per_byte for lang, of in groups.items()},
         }
 
+    def _spoken(self, model: nn.Module, samples: Sequence[Sample]) -> dict[str, Any]:
+        """How spoken the model is, in the languages of what it is judged by."""
+        told = [prompt.lang for prompt in self.held.prompts]
+        langs = {lang for lang in (*told, *(talk.lang or guess_language(talk) for talk in self.held.talks)) if lang}
+        pairs = some_pairs([pair for pair in read_pairs() if pair.lang in langs], N_PAIRS)
+        as_answer = self.renderer.learn == "assistant"
+        bits: dict[str, PairBits] = {}
+        with contextlib.suppress(DataError):  # no place for them in the template: a number less, never a run lost
+            bits = bits_on_pairs(model, self.base.tokenizer, self.renderer, pairs, as_answer=as_answer)
+        return spoken_numbers(samples, bits)
+
     def _labels(self, model: nn.Module) -> dict[str, Any]:
         if not self.held.talks:
             return {}
@@ -159,7 +176,8 @@ class Judge:
         base, held = self.base, self.held
         place = [str(base.device), str(base.dtype)]
         parts = [CACHE_VERSION, self.task, base.hash, place, self.renderer.template, str(self.sampling), held.labels]
-        digest = hashlib.sha256(json.dumps([*parts, held.metrics]).encode())
+        scored_by = [disk.hash_file(shipped("spoken") / FACTS)] if "spoken" in held.metrics else []
+        digest = hashlib.sha256(json.dumps([*parts, held.metrics, *scored_by]).encode())
         for row in held.rows:
             digest.update(repr((row.input_ids, row.labels)).encode())
         for of in (held.prompts, held.talks, held.learned):  # with their languages and labels

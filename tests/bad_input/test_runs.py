@@ -191,11 +191,15 @@ def test_what_killed_processes_left_is_cleared_away_and_what_they_moved_aside_co
     command: Command, finished: Path
 ) -> None:
     before = contents(finished)
-    for left in ("checkpoints/.step-00000003.49999999.writing", "adapters/.main.49999999.writing", "adapters/.main.49999999.replaced"):
+    for left in (
+        "checkpoints/.step-00000003.4999999.writing",
+        "adapters/.main.4999999.writing",
+        "adapters/.main.4999999.replaced",
+    ):
         (finished / left).mkdir(parents=True)
         (finished / left / "half").write_text("half")
-    (finished / ".run.json.49999999.writing").write_text("half")
-    shutil.copytree(finished / "adapters" / "main", finished / "adapters" / ".second.49999999.replaced")
+    (finished / ".run.json.4999999.writing").write_text("half")
+    shutil.copytree(finished / "adapters" / "main", finished / "adapters" / ".second.4999999.replaced")
     assert command().code == 0
     assert contents(finished / "adapters" / "second") == contents(finished / "adapters" / "main")
     shutil.rmtree(finished / "adapters" / "second")

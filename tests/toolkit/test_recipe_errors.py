@@ -54,7 +54,6 @@ Problems = Callable[..., list[str]]
         ("adapter: {kind: ia3, init_ia3_weights: true}", "stand under options: {init_ia3_weights: …}"),
         ("experts: {}", "line 4  experts: not in this version. Remove it"),
         ("combine: {kind: route}", "line 4  combine: not in this version. Remove it"),
-        ("evaluate: {metrics: [loss, spoken]}", "evaluate.metrics.1: spoken is not in this version. Remove it"),
         ("learning_rate: 1e-3", "learning_rate: stands in the wrong section. Write train.learning_rate"),
         ("epochs: 3", "epochs: stands in the wrong section. Write train.epochs"),
         ("rank: 3", "rank: stands in the wrong section. Write adapter.rank"),

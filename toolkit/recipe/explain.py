@@ -13,7 +13,7 @@ from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.section import Section
 from toolkit.recipe.tree import Key, dotted
 from toolkit.recipe.unknown import unknown_key
-from toolkit.recipe.words import VALUES, VALUES_NOT_IN_THIS_VERSION, normal
+from toolkit.recipe.words import VALUES, normal
 
 # The branches of unions, as they stand in pydantic's locations, and the section behind each.
 BRANCHES: dict[str, type[Section] | None] = {
@@ -121,8 +121,6 @@ def _wrong_word(name: str, value: object, words: list[str]) -> str:
     accepted = ACCEPTED.get(name, "auto or a whole number" if words == ["auto"] else listed)
     if not isinstance(value, str):
         return f"must be {accepted}, not {shown(value)}"
-    if value in VALUES_NOT_IN_THIS_VERSION.get(name, ()):
-        return f"{value} is not in this version. Remove it"
     if name == "adapter.init" and value.startswith("pissa"):
         return f"{value} does not come back as it was saved. Write pissa, which is exact"
     known = VALUES.get(name, {}).get(normal(value))

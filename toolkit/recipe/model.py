@@ -258,6 +258,7 @@ Metric = Literal[
     "length",
     "ends",
     "levels",
+    "spoken",
     "accuracy",
     "macro_f1",
     "log_loss",

@@ -255,7 +255,6 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "data.clean.too_long": {"truncate": "drop_old_turns", "truncation": "drop_old_turns"},
 }  # fmt: skip
-VALUES_NOT_IN_THIS_VERSION: Mapping[str, frozenset[str]] = {"evaluate.metrics": frozenset({"spoken"})}
 
 
 def normal(word: str) -> str:
