@@ -61,7 +61,7 @@ def prepared(
     _refuse_packed(mask, positions, input_ids, widest=widest, has_cache=bool(call["use_cache"]))
     if positions is None and takes_positions and mask is not None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :].long()
-    if not widest:
+    if plan is None or not widest:
         return _given(call, input_ids, mask, positions, cache)
     n_own = input_ids.shape[1] + max(n_cached - widest, 0)
     if mask is None:
@@ -70,11 +70,11 @@ def prepared(
         positions = (mask.cumsum(-1) - 1)[:, -input_ids.shape[1] :].long()
     _refuse_pushed_out(prefixes.model, mask, widths, widest)
     if positions is not None:
-        positions = positions + torch.tensor(widths, device=positions.device).unsqueeze(1)
-    if not n_cached and plan is not None:
+        positions = positions + prefixes.width_B(plan, positions.device).unsqueeze(1)
+    if not n_cached:
         cache = prefixes.new_cache() if cache is None else cache
         prefixes.fill(cache, plan, widest)
-    return _given(call, input_ids, widened_mask(mask, widths, widest), positions, cache)
+    return _given(call, input_ids, widened_mask(mask, prefixes.width_B(plan, mask.device), widest), positions, cache)
 
 
 def _given(call: dict[str, Any], input_ids: Tensor, mask: Any, positions: Any, cache: Any) -> dict[str, Any]:

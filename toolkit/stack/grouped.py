@@ -11,7 +11,7 @@ halves. docs/log.md has the measurements behind all three.
 # B rows, T tokens, G groups of rows, N tokens in a group, K adapters, I/O features in/out, R rank, P places.
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -42,7 +42,7 @@ class Plan:
 
     def index_G(self, device: torch.device) -> Tensor:
         """The places as a tensor."""
-        made: Tensor = self.memo(("index", device), lambda: torch.tensor(self.places, device=device))
+        made: Tensor = self.memo(("index", device), lambda: on_device(self.places, device))
         return made
 
     def row_index_B(self, device: torch.device) -> Tensor:
@@ -52,15 +52,15 @@ class Plan:
 
     @property
     def all_kept_bytes(self) -> int:
-        """What this plan and the one behind it keep."""
-        behind = self.kept.get("gathered")
-        return self.n_kept_bytes + (behind.plan.n_kept_bytes if isinstance(behind, Gathered) else 0)
+        """What this plan and those behind it, one a device, keep."""
+        behind = [found.plan for found in self.kept.values() if isinstance(found, Gathered)]
+        return self.n_kept_bytes + sum(plan.n_kept_bytes for plan in behind)
 
     def gathered(self, x: Tensor, rank: int) -> "Gathered | None":
         """The rows brought together by adapter, where copying them costs less than reading weights once a row."""
         if torch.is_grad_enabled() or x.shape[0] != self.n_rows or self.group_size * len(self.places) != self.n_rows:
             return None
-        found: Gathered | None = self.memo("gathered", lambda: _gather(self, x.device))
+        found: Gathered | None = self.memo(("gathered", x.device), lambda: _gather(self, x.device))
         if found is None:
             return None
         n_tokens = x.numel() // (x.shape[0] * x.shape[-1])
@@ -92,14 +92,26 @@ class Gathered:
 
 @dataclass
 class Mix:
-    """Gate weights for one shelf: the places of the K adapters, and what to ask for the weights of a layer."""
+    """Gate weights for one shelf: the places of the K adapters, and what to ask for the weights of a layer.
+
+    `kept`: what was worked out for these places, from pass to pass.
+    """
 
     places: tuple[int, ...]
     weights: Callable[[int | None], Tensor]
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def numbers(self, numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Numbers of these places on a device, copied there once."""
+        key = (numbers, device, dtype)
+        if key not in self.kept:
+            self.kept[key] = on_device(numbers, device, dtype)
+        made: Tensor = self.kept[key]
+        return made
 
     def select(self, table_PXX: Tensor) -> Tensor:
         """The part of a table that each adapter needs."""
-        return table_PXX.index_select(0, torch.tensor(self.places, device=table_PXX.device))
+        return table_PXX.index_select(0, self.numbers(self.places, table_PXX.device, torch.long))
 
 
 def plan_rows(places_B: Sequence[int], *, apart: bool) -> Plan | None:
@@ -127,7 +139,19 @@ def _gather(plan: Plan, device: torch.device) -> Gathered | None:
             back[row] = group * size + index
     order = [row for own in rows.values() for row in own + [own[0]] * (size - len(own))]
     grouped = Plan(tuple(rows), size, len(order))
-    return Gathered(grouped, torch.tensor(order, device=device), torch.tensor(back, device=device))
+    return Gathered(grouped, on_device(order, device), on_device(back, device))
+
+
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor there, without waiting for what a GPU has still to do."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
+def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the type of the weights it meets; as it is under autocast, which turns both into its own type."""
+    kind = x.device.type
+    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x if is_autocast else x.to(dtype)
 
 
 def in_groups(values: Tensor, plan: Plan, what: str) -> Tensor:
@@ -156,12 +180,12 @@ def add_grouped(y: Tensor, x_GNI: Tensor, a_GRI: Tensor, b_GRO: Tensor, scale_G1
     if y.dtype == b_GRO.dtype == u_GNR.dtype and not torch.is_grad_enabled() and y.is_contiguous():
         y_GNO.baddbmm_(u_GNR, b_GRO)
         return y
-    return torch.baddbmm(y_GNO.to(u_GNR.dtype), u_GNR, b_GRO).to(y.dtype).view(y.shape)
+    return torch.baddbmm(as_read(y_GNO, u_GNR.dtype), u_GNR, b_GRO).to(y.dtype).view(y.shape)
 
 
 def add_mixed(y: Tensor, x: Tensor, a_KRI: Tensor, b_KRO: Tensor, weights_BTK: Tensor) -> Tensor:
     """y + the sum over adapters of weight · (x @ a.T @ b): one wide matmul down, the weights, one wide matmul up."""
-    u_BTKR = mixed_down(x.to(a_KRI.dtype), a_KRI, weights_BTK)
+    u_BTKR = mixed_down(as_read(x, a_KRI.dtype), a_KRI, weights_BTK)
     update = u_BTKR.flatten(0, 1).flatten(1) @ b_KRO.flatten(0, 1)
     return (y.to(update.dtype) + update.view(y.shape)).to(y.dtype)
 
@@ -175,14 +199,25 @@ def mixed_down(x: Tensor, a_KRI: Tensor, weights_BTK: Tensor, bias_KR: Tensor | 
     return u_XC.view(*weights_BTK.shape, rank) * weights_BTK.unsqueeze(-1)
 
 
+def shares(plan: Plan, share_of: Mapping[int, float], device: torch.device) -> Tensor | None:
+    """The share that each row's adapter drops, by place; None where none drops any. Made once for these rows."""
+
+    def made() -> Tensor | None:
+        found = [share_of.get(place, 0.0) for place in plan.places]
+        return on_device(found, device).repeat_interleave(plan.group_size) if any(found) else None
+
+    share_B: Tensor | None = plan.memo(("shares", device), made)
+    return share_B
+
+
 _MIX_1, _MIX_2, _STEP = -7046029254386353131, -4658895280553007687, 6364136223846793005
 
 
 def dropped(values_GNI: Tensor, plan: Plan, share_B: Tensor, draw_B: Tensor, salt: int) -> Tensor:
     """Dropout whose mask is a function of each row's own draw, its token and the feature: neighbours change nothing.
 
-    `share_B`: share to drop per row; `draw_B`: a 64-bit number per row; `salt` tells layers apart. What is kept is
-    divided by the share kept.
+    `share_B`: share to drop per row, where the values lie; `draw_B`: a 64-bit number per row; `salt` tells layers
+    apart. What is kept is divided by the share kept.
     """
     values = values_GNI.view(plan.n_rows, -1, values_GNI.shape[-1])
     _, n_tokens, n_features = values.shape
@@ -191,7 +226,7 @@ def dropped(values_GNI: Tensor, plan: Plan, share_B: Tensor, draw_B: Tensor, sal
     feature_I = torch.arange(n_features, device=values.device) * _MIX_1
     noise = _scrambled(key_BT.unsqueeze(-1) + feature_I)
     uniform = (noise >> 40).to(torch.float32) / 2**24 + 0.5
-    share = share_B.to(values.device).view(-1, 1, 1)
+    share = share_B.view(-1, 1, 1)
     kept = (uniform >= share).to(values.dtype) / (1 - share).to(values.dtype)
     return (values * kept).view(values_GNI.shape)
 

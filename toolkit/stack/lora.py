@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from toolkit.adapters import anatomy
 from toolkit.errors import AdapterError
 from toolkit.stack.adapter import ALONE, Adapter
-from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, dropped, in_groups
-from toolkit.stack.shelf import Now, Room, Shelf, in_expert_list, layer_numbers, refuse_misfit
+from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, as_read, dropped, in_groups, on_device, shares
+from toolkit.stack.shelf import Now, Room, Shelf, holding_layer, in_expert_list, layer_numbers, refuse_misfit
 from toolkit.stack.table import Table
 
 PREFIX = "base_model.model."  # what PEFT writes before every name of the base
@@ -46,6 +46,7 @@ class LoraShelf(Shelf):
         self._linear = anatomy.linear_layers(model)
         self._numbers = {name: number for number, name in enumerate(self._linear)}
         self._layers = layer_numbers(model)
+        self._experts = {name for name in self._linear if in_expert_list(self._layers, name)}
         self._pairs: dict[str, Pair] = {}
         self._dropout: dict[int, float] = {}
 
@@ -55,7 +56,7 @@ class LoraShelf(Shelf):
         for name in adapter.tensors:
             found = PART.match(name.removeprefix(PREFIX))
             module = found["module"] if found else name
-            if found is None or module not in self._linear or in_expert_list(self.model, module):
+            if found is None or module not in self._linear or module in self._experts:
                 odd.append(module)
         if odd:
             raise AdapterError(
@@ -82,7 +83,7 @@ class LoraShelf(Shelf):
         if module not in self._pairs:
             linear = self._linear[module]
             device = next(linear.parameters()).device
-            layer = next((number for name, number in self._layers.items() if module.startswith(f"{name}.")), None)
+            layer = self._layers.get(holding_layer(self._layers, module) or "")
             pair = Pair(
                 name=module,
                 number=self._numbers[module],
@@ -123,20 +124,24 @@ class LoraShelf(Shelf):
         together = None if plan is None or now.draw_B is not None else plan.gathered(x, pair.a_PRI.dense.shape[1])
         if together is not None:
             a_GRI, b_GRO, scale_G11 = self._weights(pair, together.plan)
-            x_GNI = in_groups(x.index_select(0, together.rows), together.plan, pair.name).to(a_GRI.dtype)
+            x_GNI = as_read(in_groups(x.index_select(0, together.rows), together.plan, pair.name), a_GRI.dtype)
             y = add_grouped(y.index_select(0, together.rows), x_GNI, a_GRI, b_GRO, scale_G11)
             y = y.index_select(0, together.back_B)
         elif plan is not None:
             a_GRI, b_GRO, scale_G11 = self._weights(pair, plan)
-            x_GNI = in_groups(x, plan, pair.name).to(a_GRI.dtype)
-            if now.draw_B is not None and any(self._dropout.get(place, 0.0) for place in plan.places):
-                x_GNI = dropped(x_GNI, plan, self._shares_B(plan), now.draw_B, pair.number)
+            x_GNI = in_groups(x, plan, pair.name)
+            share_B = None if now.draw_B is None else shares(plan, self._dropout, x.device)
+            if now.draw_B is None or share_B is None:
+                x_GNI = as_read(x_GNI, a_GRI.dtype)
+            else:
+                x_GNI = dropped(x_GNI.to(a_GRI.dtype), plan, share_B, now.draw_B, pair.number)
             y = add_grouped(y, x_GNI, a_GRI, b_GRO, scale_G11)
         return y if now.mix is None else self._mixed(pair, now.mix, x, y)
 
     def _mixed(self, pair: Pair, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
         weights_BTK = mix.weights(pair.layer)
-        scale_K = torch.tensor([pair.scales.get(place, 0.0) for place in mix.places], device=x.device)
+        scales = tuple(pair.scales.get(place, 0.0) for place in mix.places)
+        scale_K = mix.numbers(scales, x.device, torch.float32)
         weights_BTK = (weights_BTK.to(x.device) * scale_K).to(self.dtype)
         return add_mixed(y, x, mix.select(pair.a_PRI.dense), mix.select(pair.b_PRO.dense), weights_BTK)
 
@@ -148,9 +153,9 @@ class LoraShelf(Shelf):
         a_GRI, b_GRO = plan.select(pair.a_PRI.dense), plan.select(pair.b_PRO.dense)
         scale_G11: Tensor = plan.memo(
             ("scale", tuple(pair.scales.items()), a_GRI.device),
-            lambda: torch.tensor(
-                [pair.scales.get(place, 0.0) for place in plan.places], device=a_GRI.device, dtype=self.dtype
-            ).view(-1, 1, 1),
+            lambda: on_device([pair.scales.get(place, 0.0) for place in plan.places], a_GRI.device, self.dtype).view(
+                -1, 1, 1
+            ),
         )
         n_bytes = (a_GRI.numel() + b_GRO.numel()) * a_GRI.element_size()
         if self.learns or n_bytes > self.room.n_bytes:
@@ -159,11 +164,6 @@ class LoraShelf(Shelf):
         plan.n_kept_bytes += n_bytes
         plan.kept[pair.name] = (a_GRI, b_GRO * scale_G11, None)
         return a_GRI, b_GRO * scale_G11, None
-
-    def _shares_B(self, plan: Plan) -> Tensor:
-        shares = [self._dropout.get(place, 0.0) for place in plan.places]
-        made: Tensor = plan.memo("dropout", lambda: torch.tensor(shares).repeat_interleave(plan.group_size))
-        return made
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:

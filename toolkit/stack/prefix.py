@@ -17,7 +17,7 @@ from toolkit.adapters import anatomy
 from toolkit.adapters.prefix import refuse_base
 from toolkit.errors import AdapterError
 from toolkit.stack.adapter import ALONE, Adapter
-from toolkit.stack.grouped import Plan
+from toolkit.stack.grouped import Plan, on_device
 from toolkit.stack.shelf import Shelf, refuse_misfit
 from toolkit.stack.table import Table
 
@@ -60,6 +60,11 @@ class PrefixShelf(Shelf):
         sizes = self.tables[NAME].sizes()
         return [sizes[place][0] if place else 0 for place in plan.places for _ in range(plan.group_size)]
 
+    def width_B(self, plan: Plan, device: torch.device) -> Tensor:
+        """The same as a tensor, made once for these rows."""
+        made: Tensor = plan.memo(("widths", device), lambda: on_device(self.widths(plan, plan.n_rows), device))
+        return made
+
     def fill(self, cache: Any, plan: Plan, widest: int) -> None:
         """Put each row's prefix, zeros where it has none, into an empty cache."""
         dense_PNC = self.tables[NAME].dense
@@ -86,8 +91,8 @@ class PrefixShelf(Shelf):
         return DynamicCache(config=self.model.config)
 
 
-def widened_mask(mask_BS: Tensor, widths: list[int], widest: int) -> Tensor:
+def widened_mask(mask_BS: Tensor, width_B: Tensor, widest: int) -> Tensor:
     """The mask with `widest` columns before it, of which each row sees its own last ones."""
     column_N = torch.arange(widest, device=mask_BS.device)
-    first_B1 = torch.tensor([[widest - width] for width in widths], device=mask_BS.device)
+    first_B1 = (widest - width_B).unsqueeze(1)
     return torch.cat([(column_N >= first_B1).to(mask_BS.dtype), mask_BS], dim=1)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from toolkit.adapters import anatomy
 from toolkit.adapters.reft import orthonormal
 from toolkit.stack.adapter import Adapter
-from toolkit.stack.grouped import Plan, dropped, in_groups, mixed_down
+from toolkit.stack.grouped import Plan, as_read, dropped, in_groups, mixed_down, on_device, shares
 from toolkit.stack.shelf import Now, Room, Shelf, refuse_misfit
 from toolkit.stack.table import Table
 
@@ -35,6 +35,7 @@ class ReftShelf(Shelf):
         self._handles: dict[int, RemovableHandle] = {}
         self._raw: dict[int, int] = {}  # the rank of each place whose rotation is made orthonormal
         self._dropout: dict[int, float] = {}
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}  # of the places here now
 
     def check(self, adapter: Adapter) -> None:
         """See Shelf.check."""
@@ -77,12 +78,14 @@ class ReftShelf(Shelf):
     def put(self, slot: int, adapter: Adapter, *, learns: bool) -> None:
         """See Shelf.put."""
         super().put(slot, adapter, learns=learns)
+        self._indices.clear()
         if learns or adapter.is_raw:
             self._raw[self.places[slot]] = int(adapter.config["rank"])
 
     def take(self, slot: int) -> None:
         """See Shelf.take."""
         self._raw.pop(self.places[slot], None)
+        self._indices.clear()
         super().take(slot)
 
     def place_more(self, place: int, adapter: Adapter) -> None:
@@ -115,12 +118,11 @@ class ReftShelf(Shelf):
         edited = hidden
         if now.plan is not None:
             a_GRH, bias_G1R, rotation_GRH = self._weights(number, now.plan)
-            hidden_GNH = in_groups(hidden, now.plan, f"decoder layer {number}").float()
+            hidden_GNH = as_read(in_groups(hidden, now.plan, f"decoder layer {number}"), torch.float32)
             moved_GNR = torch.baddbmm(bias_G1R, hidden_GNH, a_GRH.mT)
             edit_GNH = torch.bmm(moved_GNR, rotation_GRH)
-            if now.draw_B is not None and any(self._dropout.get(place, 0.0) for place in now.plan.places):
-                shares = [self._dropout.get(place, 0.0) for place in now.plan.places]
-                share_B = torch.tensor(shares).repeat_interleave(now.plan.group_size)
+            share_B = None if now.draw_B is None else shares(now.plan, self._dropout, hidden.device)
+            if now.draw_B is not None and share_B is not None:
                 edit_GNH = dropped(edit_GNH, now.plan, share_B, now.draw_B, SALT + number)
             edited = edited + edit_GNH.view(hidden.shape).to(hidden.dtype)
         if now.mix is not None:
@@ -142,14 +144,20 @@ class ReftShelf(Shelf):
         found: tuple[Tensor, Tensor, Tensor] = plan.memo(("edit", number), gathered)
         return found
 
+    def _index(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        if (places, device) not in self._indices:
+            with torch.inference_mode(False):  # backward may need it later
+                self._indices[places, device] = on_device(places, device)
+        return self._indices[places, device]
+
     def _parts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """W - R, b and R of every place."""
         key = f"layers.{number}."
         rotation_PRH, weight_PRH = self.tables[f"{key}rotation"].dense, self.tables[f"{key}weight"].dense
         sized = self.tables[f"{key}rotation"].sizes()
         for rank in sorted({rank for place, rank in self._raw.items() if place in sized}):
-            places = [place for place, own in self._raw.items() if own == rank and place in sized]
-            index = torch.tensor(places, device=rotation_PRH.device)
+            places = tuple(place for place, own in self._raw.items() if own == rank and place in sized)
+            index = self._index(places, rotation_PRH.device)
             made = orthonormal(self.tables[f"{key}rotation"].dense.index_select(0, index)[:, :rank])
             padded = nn.functional.pad(made, (0, 0, 0, rotation_PRH.shape[1] - rank))
             rotation_PRH = rotation_PRH.index_copy(0, index, padded)

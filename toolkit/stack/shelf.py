@@ -6,12 +6,12 @@ rest. With nothing on it, a shelf leaves no trace on the base.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.adapters import anatomy
 from toolkit.errors import AdapterError
@@ -114,10 +114,13 @@ class Shelf(ABC):
             return {}
         return {name: self.tables[key].leaf(place) for name, key in self._names[place].items()}
 
-    def zero_grad(self, slot: int) -> None:
-        """The gradient of one adapter becomes zero."""
-        for key in self._names[self.places[slot]].values():
-            self.tables[key].zero_grad(self.places[slot])
+    def zero_grad(self, slots: Iterable[int]) -> None:
+        """The gradients of these adapters become zero, in one call for all tables."""
+        places = {self.places[slot] for slot in slots}
+        keys = {key for place in places for key in self._names[place].values()}
+        parts = [part for key in keys for part in self.tables[key].gradients(places)]
+        if parts:
+            torch._foreach_zero_(parts)
 
     @property
     def learns(self) -> bool:
@@ -143,7 +146,13 @@ def layer_numbers(model: Any) -> dict[str, int]:
     return {name: layers[id(module)] for name, module in model.named_modules() if id(module) in layers}
 
 
-def in_expert_list(model: nn.Module, name: str) -> bool:
+def holding_layer(layers: Mapping[str, int], name: str) -> str | None:
+    """The name of the decoder layer, of those that `layer_numbers` gives, that a module lies in."""
+    parts = name.split(".")
+    return next((layer for n in range(1, len(parts)) if (layer := ".".join(parts[:n])) in layers), None)
+
+
+def in_expert_list(layers: Mapping[str, int], name: str) -> bool:
     """Whether a module lies in a list inside a decoder layer: an expert that sees routed tokens, not rows."""
-    inside = next((name[len(layer) + 1 :] for layer in layer_numbers(model) if name.startswith(f"{layer}.")), "")
-    return any(part.isdigit() for part in inside.split("."))
+    layer = holding_layer(layers, name)
+    return layer is not None and any(part.isdigit() for part in name[len(layer) + 1 :].split("."))

@@ -91,6 +91,7 @@ class Stack:
         self._kinds: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
         self._plans: OrderedDict[tuple[tuple[int, ...], bool], dict[str, Plan | None]] = OrderedDict()
+        self._mixes: dict[tuple[str, tuple[int, ...], bool], dict[Any, Any]] = {}
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     # Membership
@@ -206,6 +207,7 @@ class Stack:
         owners = self._checked_owners(owner, None)
         plans = self._plans_of(owners)
         mixes = {} if gates is None else self._mixes_of(gates, len(owners), n_tokens)
+        draws = None if draws is None else draws.to(anatomy.device_of(self.base))  # once, not in every layer
         before = {kind: shelf.now for kind, shelf in self._shelves.items()}
         for kind, shelf in self._shelves.items():
             plan, mix = plans[kind], mixes.get(kind)
@@ -265,9 +267,9 @@ class Stack:
 
     def zero_grad(self, names: Sequence[str] | None = None) -> None:
         """Gradients of these adapters, or of all, become zero."""
-        for name in self._slots if names is None else names:
-            slot = self._slot(name)
-            self._shelves[self._kinds[name]].zero_grad(slot)
+        slots = {name: self._slot(name) for name in (self._slots if names is None else names)}
+        for kind, shelf in self._shelves.items():
+            shelf.zero_grad([slot for name, slot in slots.items() if self._kinds[name] == kind])
 
     # Inside
 
@@ -306,6 +308,7 @@ class Stack:
         return checked_owners(owner, n_rows, self._slots)
 
     def _forget_plans(self) -> None:
+        self._mixes.clear()
         while self._plans:
             self._drop_oldest_plan()
 
@@ -346,4 +349,10 @@ class Stack:
         if isinstance(gates.weights, Tensor):
             weights(None)
         places = {kind: tuple(shelf.places.get(slot, 0) for slot in slots) for kind, shelf in self._shelves.items()}
-        return {kind: Mix(found, weights) for kind, found in places.items() if any(found)}
+        return {kind: Mix(found, weights, self._kept_of(kind, found)) for kind, found in places.items() if any(found)}
+
+    def _kept_of(self, kind: str, places: tuple[int, ...]) -> dict[Any, Any]:
+        key = (kind, places, torch.is_inference_mode_enabled())
+        if key not in self._mixes and len(self._mixes) >= 2 * N_PLANS:
+            self._mixes.clear()
+        return self._mixes.setdefault(key, {})

@@ -5,12 +5,12 @@ also has a leaf of its own: a view into the same numbers and into the same gradi
 place is a row of the tensor; the tables of one shelf number them alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
 
-FIRST_PLACES = 4
+FIRST_PLACES = 5  # then 9, 17, 33: as many adapters as a power of two, and place 0
 
 
 class Table:
@@ -62,7 +62,10 @@ class Table:
     def leaf(self, place: int) -> Tensor:
         """The view that an optimizer changes, its gradient tied to that of the whole. KeyError: it does not learn."""
         leaf = self._leaves[place]
-        self.settle()
+        if self.dense.grad is None:
+            self.settle()
+        elif leaf.grad is None:
+            self._tie(place, leaf)
         return leaf
 
     @property
@@ -87,21 +90,28 @@ class Table:
                 leaf.grad = None
         for place, leaf in self._leaves.items():
             if leaf.grad is None:
-                self.dense.grad[place].zero_()
-                leaf.grad = self._shown(self.dense.grad, place)
+                self._tie(place, leaf)
 
-    def zero_grad(self, place: int) -> None:
-        """The gradient of one adapter becomes zero."""
-        self.settle()
-        if self.dense.grad is not None:
-            self.dense.grad[place].zero_()
+    def gradients(self, places: Set[int]) -> list[Tensor]:
+        """What of the whole gradient is these places' alone, padding included: all of it where no other learns."""
+        learning = [self.leaf(place) for place in places & self._leaves.keys()]
+        if self.dense.grad is None:
+            return []
+        if len(learning) == len(self._leaves):
+            return [self.dense.grad]
+        return [self.dense.grad[place] for place in places & self._sizes.keys()]
+
+    def _tie(self, place: int, leaf: Tensor) -> None:
+        assert self.dense.grad is not None  # the callers have seen to it
+        self.dense.grad[place].zero_()
+        leaf.grad = self._shown(self.dense.grad, place)
 
     def _reserve(self, n_places: int, shape: Sequence[int]) -> None:
         old = self.dense
         inner = [max(sizes) for sizes in zip(shape, old.shape[1:], strict=True)] if old.dim() > 1 else list(shape)
         places = old.shape[0] or FIRST_PLACES
         while places < n_places:
-            places *= 2
+            places = 2 * places - 1
         if old.shape == (places, *inner):
             return
         self.settle()
@@ -130,8 +140,9 @@ class Table:
     def _inside(self, whole: Tensor, place: int) -> Tensor:
         part = whole[place]
         for axis, size in enumerate(self._sizes[place]):
-            start = part.shape[axis] - size if self.at_end and axis == 0 else 0
-            part = part.narrow(axis, start, size)
+            if size != part.shape[axis]:
+                start = part.shape[axis] - size if self.at_end and axis == 0 else 0
+                part = part.narrow(axis, start, size)
         return part
 
     def _shown(self, whole: Tensor, place: int) -> Tensor:
