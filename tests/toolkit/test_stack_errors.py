@@ -99,6 +99,8 @@ def test_tensors_missing_or_without_a_place(world: World) -> None:
         ("use_dora", True, "DoRA divides"),
         ("lora_bias", True, "also learns biases"),
         ("bias", "all", "changes the base's biases"),
+        ("kasa_config", {"beta": 1e-4}, "KaSA scales"),
+        ("use_bdlora", {"nblocks": 2}, "BD-LoRA keeps blocks"),
         ("modules_to_save", ["lm_head"], "keeps whole layers"),
         ("target_parameters", ["mlp.experts.gate_up_proj"], "fused experts"),
         ("init_lora_weights", "pissa", "pissa start changed the base's own weights"),
