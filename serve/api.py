@@ -102,9 +102,14 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        """Whether requests are taken in: 503 while the server stops."""
+        """Whether requests are taken in: 503 while the server stops, or fails at everything. Failures are counted."""
         load = engine.load()
-        said = {"status": load.state, "running": load.n_running, "waiting": load.n_waiting}
+        said = {
+            "status": load.state,
+            "running": load.n_running,
+            "waiting": load.n_waiting,
+            "failures": load.n_failures,
+        }
         return JSONResponse(said, 200 if load.state == "ready" else 503)
 
 

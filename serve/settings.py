@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", default=8000, help="the port (default: 8000; 0 takes a free one)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
-    add("--slots", default=8, metavar="N", help="answers that are written side by side (default: 8)")
+    add("--slots", default=32, metavar="N", help="answers that are written side by side (default: 32)")
     add("--queue", default=64, metavar="N", help="requests that may wait for a slot; the next gets 429 (default: 64)")
     add("--max-tokens", default=4096, metavar="N", help="the longest answer a request may ask for (default: 4096)")
     add("--no-ui", action="store_true", help="no chat page, the API alone")

@@ -41,13 +41,21 @@ class Ask:
     sampling: Sampling
 
 
+State = Literal["ready", "failing", "draining", "stopped"]
+
+
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is. `stopped` engines answer nothing any more; `draining` ones finish what they have."""
+    """How busy an engine is, and how many answers failed inside it since it started.
 
-    state: Literal["ready", "draining", "stopped"]
+    `stopped` engines answer nothing any more; `draining` ones finish what they have; `failing` ones still try, but one
+    answer after the other broke a moment ago.
+    """
+
+    state: State
     n_running: int
     n_waiting: int
+    n_failures: int = 0
 
 
 class Reply(ABC):

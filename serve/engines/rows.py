@@ -1,8 +1,9 @@
-"""The first engine: one worker thread, a bounded queue, and every answer that runs gets one token in its turn.
+"""The engine: continuous batching over row slots, requests for any of the server's runs in the same batch.
 
-Each answer is a row of its own through toolkit.generate.stream, so what it says does not depend on who else is being
-answered, and one that is cancelled stops within a step. At most `n_slots` answers run; a free slot goes to the model
-with the fewest running answers, then to the one whose last turn is longest ago, so that no run can shut out another.
+One thread runs steps: one token for every answer that is written, one chunk of the prompts that are still being read
+(serve/scheduler.py says whose), and one token of an answer on a model of its own, for runs that no stack can hold. Rows
+join and leave between steps. A step that breaks is tried again row by row, so that what breaks it fails alone; whatever
+else breaks fails the answers that run, is counted in `load`, and the thread goes on.
 """
 
 import asyncio
@@ -10,88 +11,48 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from serve.engines.contract import Ask, Engine, Load, Reply, Served
+import torch
+from torch import Tensor
+
+from serve.engines.contract import Ask, Engine, Load, Reply, Served, State
 from serve.engines.models import Model
+from serve.engines.row import Row, render
+from serve.engines.slots import Seat, Slots
+from serve.engines.writing import next_tokens
 from serve.refusal import Refusal, failed, queue_full, stopping
-from toolkit.errors import BaseError, DataError
-from toolkit.generate import Answer, stream
+from serve.scheduler import Limits, Scheduler, Step, Ticket
+from toolkit.adapters import anatomy
+from toolkit.generate import Answer
 
 _log = logging.getLogger("maltu.serve.rows")
-_FIRST_GUESS_S = 2.0  # how long an answer takes, before one was seen
-
-
-class _Row(Reply):
-    """One answer: its events go from the worker thread to the event loop that asked."""
-
-    def __init__(self, ask: Ask, model: Model, prompt: list[int]) -> None:
-        self.ask, self.n_prompt = ask, len(prompt)
-        self.since = time.monotonic()
-        self._cancelled = threading.Event()
-        self._answer: Answer | None = None
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[str | Answer | Refusal] = asyncio.Queue()
-        self.pieces: Generator[str, None, Answer] = stream(
-            model.loaded.model,
-            model.loaded.base.tokenizer,
-            prompt,
-            ask.sampling,
-            self._cancelled.is_set,
-            model.loaded.ends,
-        )
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """See Reply."""
-        while self._answer is None:
-            event = await self._events.get()
-            if isinstance(event, str):
-                yield event
-            elif isinstance(event, Refusal):
-                raise event
-            else:
-                self._answer = event
-
-    @property
-    def answer(self) -> Answer:
-        """See Reply."""
-        if self._answer is None:
-            raise RuntimeError("the answer is not over yet")
-        return self._answer
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody listens any more."""
-        return self._cancelled.is_set()
-
-    def cancel(self) -> None:
-        """See Reply."""
-        self._cancelled.set()
-
-    def put(self, event: str | Answer | Refusal) -> None:
-        """Hand an event to the event loop; from the worker thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens
-            self.cancel()
+MANY_FAILURES = 3  # answers in a row that failed; for FAILING_S the engine then says so
+FAILING_S = 30.0
+BREATH_S = 0.1  # between a crash and the next step
 
 
 class RowsEngine(Engine):
-    """See Engine. n_slots: answers that run side by side; n_queue: requests that may wait for a slot."""
+    """See Engine. n_slots: answers that run side by side; n_queue: requests that may wait for a slot; cache_mb: memory
+    for keys and values (one answer always fits).
+    """
 
-    def __init__(self, models: Mapping[str, Model], n_slots: int = 8, n_queue: int = 64) -> None:
-        self._models, self._n_slots, self._n_queue = dict(models), n_slots, n_queue
-        self._changed = threading.Condition()  # guards everything below
-        self._waiting: list[_Row] = []
-        self._running: list[_Row] = []
+    def __init__(self, models: Mapping[str, Model], n_slots: int = 32, n_queue: int = 64, cache_mb: int = 2048) -> None:
+        self._models = dict(models)
+        stacks = {id(model.stack): model.stack for model in models.values() if model.stack is not None}
+        if len(stacks) > 1:
+            raise ValueError("the models of one engine share one stack")
+        self._slots = next((Slots(stack) for stack in stacks.values()), None)
+        self._scheduler = Scheduler(_limits(self._slots, n_slots, n_queue, cache_mb))
+        self._rows: dict[Ticket, Row] = {}
         self._n_rendering = 0
-        self._last_turn = dict.fromkeys(self._models, 0)
-        self._n_turns = 0
-        self._is_open = True
-        self._deadline = math.inf
-        self._mean_s = _FIRST_GUESS_S
+        self._is_open, self._deadline = True, math.inf
+        self._n_failures = self._n_in_a_row = 0
+        self._failed_at = -math.inf
+        self._events: list[tuple[Row, str | Answer | Refusal]] = []  # of the step that runs
+        self._changed = threading.Condition()  # guards scheduler, rows and what is above, but not slots and events
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
         self._worker.start()
@@ -105,23 +66,30 @@ class RowsEngine(Engine):
         model = self._models[ask.model]
         self._take_place()
         try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._renders, _render, model, ask)
-            row = _Row(ask, model, prompt)
+            prompt = await asyncio.get_running_loop().run_in_executor(self._renders, render, model, ask)
+            row = Row(ask, model, prompt)
         finally:
             with self._changed:
                 self._n_rendering -= 1
         with self._changed:
             if not self._is_open:
                 raise stopping()
-            self._waiting.append(row)
+            self._rows[row.ticket] = row
+            self._scheduler.join(row.ticket)
             self._changed.notify()
         return row
 
     def load(self) -> Load:
         """See Engine.load."""
         with self._changed:
-            state = "ready" if self._is_open else "draining" if self._worker.is_alive() else "stopped"
-            return Load(state, len(self._running), len(self._waiting) + self._n_rendering)  # type: ignore[arg-type]
+            is_failing = self._n_in_a_row >= MANY_FAILURES and time.monotonic() - self._failed_at < FAILING_S
+            state: State = "failing" if is_failing else "ready"
+            if not self._worker.is_alive():
+                state = "stopped"
+            elif not self._is_open:
+                state = "draining"
+            n_running, n_waiting = len(self._scheduler.running), len(self._scheduler.waiting) + self._n_rendering
+            return Load(state, n_running, n_waiting, self._n_failures)
 
     def drain(self, limit_s: float) -> None:
         """See Engine.drain."""
@@ -140,83 +108,210 @@ class RowsEngine(Engine):
         with self._changed:
             if not self._is_open:
                 raise stopping()
-            n_waiting = len(self._waiting) + self._n_rendering
-            if n_waiting + len(self._running) >= self._n_slots + self._n_queue:
-                turns = (n_waiting + 1) / self._n_slots
-                raise queue_full(n_waiting, min(60, max(1, math.ceil(turns * self._mean_s))))
+            if self._scheduler.is_full(self._n_rendering):
+                n_waiting = len(self._scheduler.waiting) + self._n_rendering
+                raise queue_full(n_waiting, self._scheduler.retry_after_s(self._n_rendering))
             self._n_rendering += 1
 
+    # The engine's thread
+
     def _work(self) -> None:
-        """The worker thread: admit, one token for every row, again; over once the engine is closed and empty."""
-        while rows := self._next_rows():
-            for row in rows:
-                self._step(row)
+        """Steps, until the engine is closed and empty; a crash fails what runs, and the steps go on."""
+        while True:
+            try:
+                while (step := self._next_step()) is not None:
+                    self._run(step)
+                    self._hand_out()
+                return
+            except Exception:  # the loop outlives whatever breaks in it
+                self._crash()
 
-    def _next_rows(self) -> list[_Row]:
-        """The rows to step now; sleeps while there are none. Empty when there will be none any more."""
-        with self._changed:
-            while True:
-                self._let_go()
-                if time.monotonic() >= self._deadline:
-                    self._give_up()
-                while self._waiting and len(self._running) < self._n_slots:
-                    self._running.append(self._admit())
-                if self._running or not self._is_open:
-                    return list(self._running)
-                self._changed.wait()
+    def _next_step(self) -> Step | None:
+        """What to run now; sleeps while there is nothing. None when there will be nothing any more."""
+        while True:
+            with self._changed:
+                over = [row for row in self._rows.values() if row.is_cancelled]
+                is_late = time.monotonic() >= self._deadline
+                if is_late:
+                    over = list(self._rows.values())
+                if not over:
+                    self._scheduler.admit()
+                    if self._scheduler.running or not self._is_open:
+                        return self._scheduler.step() if self._scheduler.running else None
+                    self._changed.wait()
+                    continue
+            for row in over:
+                if is_late:
+                    self._end(row, stopping())
+                else:
+                    self._cut_off(row)
+            self._hand_out()
 
-    def _let_go(self) -> None:
-        """Take out of the queue who waits no longer."""
-        for row in [row for row in self._waiting if row.is_cancelled]:
-            self._waiting.remove(row)
-            row.put(Answer((), "", "cancelled", row.n_prompt))
+    def _run(self, step: Step) -> None:
+        """One step: everybody who writes, then a chunk of reading, then those on models of their own."""
+        with torch.inference_mode():
+            writing = sorted(map(self._rows.__getitem__, step.writing), key=lambda row: _seat(row).slot)
+            self._advance(writing, [row.writing.ids[-1:] for row in writing])
+            read = [(self._rows[ticket], n_tokens) for ticket, n_tokens in step.reading]
+            read = [(row, n_tokens) for row, n_tokens in read if self._has_seat(row)]
+            read.sort(key=lambda one: _seat(one[0]).slot)
+            chunks = [row.prompt[row.ticket.n_read : row.ticket.n_read + n_tokens] for row, n_tokens in read]
+            self._advance([row for row, _ in read], chunks)
+        if step.alone is not None:
+            self._advance_alone(self._rows[step.alone])
 
-    def _admit(self) -> _Row:
-        """Take the row whose turn it is out of the queue."""
-        n_running = Counter(row.ask.model for row in self._running)
-        row = min(self._waiting, key=lambda row: (n_running[row.ask.model], self._last_turn[row.ask.model]))
-        self._waiting.remove(row)
-        self._n_turns += 1
-        self._last_turn[row.ask.model] = self._n_turns
-        return row
+    def _has_seat(self, row: Row) -> bool:
+        """Give a row its slot, if it has none yet; False where that fails."""
+        if row.seat is None and self._slots is not None:
+            try:
+                row.seat = self._slots.open(row.model.adapter)
+            except Exception as error:  # no memory left
+                self._fail(row, error)
+        return row.seat is not None
 
-    def _step(self, row: _Row) -> None:
-        """One token, or a few until a piece of text is certain."""
+    def _advance(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> None:
+        """Give rows their next tokens, and those that have read all their prompt a token of their answer."""
+        chunks = dict(zip(rows, map(len, ids), strict=True))
+        rows, logits_RV = self._forward(rows, ids)
+        told: list[int] = []
+        for place, row in enumerate(rows):
+            if row.ticket.n_left:
+                row.ticket.n_read += chunks[row]
+                if row.ticket.n_left:
+                    continue
+                assert self._slots is not None
+                self._slots.settle(_seat(row))
+            told.append(place)
+        if told:
+            own_RV = logits_RV if len(told) == len(rows) else logits_RV[told]
+            answering = [rows[place] for place in told]
+            for row, token in zip(answering, next_tokens(own_RV, [row.writing for row in answering]), strict=True):
+                self._take(row, token)
+
+    def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> tuple[Sequence[Row], Tensor]:
+        """The logits of each row, in one pass; where that breaks, row by row, without those that break alone."""
+        if not rows or self._slots is None:
+            return [], torch.empty(0)
         try:
-            row.put(next(row.pieces))
+            logits_RV = self._slots.forward([_seat(row) for row in rows], ids)
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return [], torch.empty(0)
+            _log.warning("a step of %d rows broke (%s): trying each alone", len(rows), error)
+            parts = [self._forward([row], [own]) for row, own in zip(rows, ids, strict=True)]
+            whole = [(one, logits_1V) for one, logits_1V in parts if one]
+            return [row for one, _ in whole for row in one], torch.cat([part for _, part in whole] or [torch.empty(0)])
+        self._n_in_a_row = 0
+        return rows, logits_RV
+
+    def _take(self, row: Row, token: int | None) -> None:
+        """A token is chosen; None: there was nothing to choose from."""
+        if token is None:
+            says = f"the output of {row.ask.model} is not a number: its training diverged. Train with a lower rate."
+            self._fail(row, ArithmeticError(says))
+            return
+        if piece := row.writing.take(token):
+            self._events.append((row, piece))
+        if row.writing.finish is not None:
+            self._end(row, row.writing.answer(), time.monotonic() - row.since)
+
+    def _advance_alone(self, row: Row) -> None:
+        """One token, or a few until a piece of text is certain."""
+        if row.pieces is None:
+            row.pieces = row.start_alone()
+        try:
+            self._events.append((row, next(row.pieces)))
+            self._n_in_a_row = 0
         except StopIteration as over:
-            self._leave(row)
-            row.put(over.value)
-        except Exception:  # whatever breaks inside a model must not take the others along
-            _log.exception("%s failed", row.ask.id)
-            self._leave(row)
-            row.put(failed(row.ask.id))
+            self._end(row, over.value, time.monotonic() - row.since)
+        except Exception as error:  # whatever breaks inside a model must not take the others along
+            self._fail(row, error)
 
-    def _leave(self, row: _Row) -> None:
+    def _cut_off(self, row: Row) -> None:
+        """Nobody listens to a row any more: what it has is its answer."""
+        if row.pieces is not None:
+            while row.ticket in self._rows:
+                self._advance_alone(row)  # it sees for itself that it was cancelled
+            return
+        if piece := row.writing.end("cancelled"):
+            self._events.append((row, piece))
+        self._end(row, row.writing.answer())
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        _log.error("%s failed", row.ask.id, exc_info=error)
+        self._count_failure()
+        self._end(row, failed(row.ask.id))
+
+    def _count_failure(self) -> None:
         with self._changed:
-            self._running.remove(row)
-            self._mean_s += 0.2 * (time.monotonic() - row.since - self._mean_s)
+            self._n_failures += 1
+            self._n_in_a_row += 1
+            self._failed_at = time.monotonic()
 
-    def _give_up(self) -> None:
-        for row in (*self._running, *self._waiting):
+    def _end(self, row: Row, event: Answer | Refusal, took_s: float | None = None) -> None:
+        """A row is over; its place is free."""
+        self._events.append((row, event))
+        with self._changed:
+            self._rows.pop(row.ticket, None)
+            self._scheduler.leave(row.ticket, took_s)
+        if row.pieces is not None:
             row.pieces.close()
-            row.put(stopping())
-        self._running, self._waiting = [], []
+        if row.seat is not None and self._slots is not None:
+            with torch.inference_mode():
+                self._slots.close(row.seat)
+
+    def _crash(self) -> None:
+        """The loop itself broke: what runs has failed, what waits too where it broke again and again; nothing is left
+        of it, and the loop starts again.
+        """
+        _log.exception("the engine broke and starts again")
+        self._count_failure()
+        with self._changed:
+            tickets = list(self._scheduler.running)
+            if self._n_in_a_row >= MANY_FAILURES:
+                tickets = list(self._rows)
+            for ticket in tickets:
+                self._scheduler.leave(ticket)
+            broken = [self._rows.pop(ticket) for ticket in tickets if ticket in self._rows]
+        if self._slots is not None:
+            self._slots.reset()
+        for row in broken:
+            _log.error("%s failed with it", row.ask.id)
+            self._events.append((row, failed(row.ask.id)))
+        self._hand_out()
+        time.sleep(BREATH_S)
+
+    def _hand_out(self) -> None:
+        """Give what happened to the event loops that wait for it, each woken once."""
+        events, self._events = self._events, []
+        for loop in {row.loop for row, _ in events}:
+            own = [(row, event) for row, event in events if row.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_put_all, own)
+            except RuntimeError:  # the loop is closed: nobody listens
+                for row, _ in own:
+                    row.cancel()
 
 
-def _render(model: Model, ask: Ask) -> list[int]:
-    """The prompt's ids. Raises Refusal for turns that the template does not write, and for more than fit."""
-    try:
-        prompt = model.loaded.renderer.prompt(ask.turns)
-    except (DataError, BaseError) as wrong:
-        raise Refusal(400, str(wrong), "invalid_value", "messages") from None
-    context = model.served.context
-    if len(prompt) >= context:
-        raise Refusal(
-            400,
-            f"This model's maximum context length is {context} tokens, the answer included, and these messages have "
-            f"{len(prompt)}. Leave out the oldest ones.",
-            "context_length_exceeded",
-            "messages",
-        )
-    return prompt
+def _seat(row: Row) -> Seat:
+    if row.seat is None:
+        raise RuntimeError(f"{row.ask.id} has no seat")
+    return row.seat
+
+
+def _limits(slots: Slots | None, n_slots: int, n_queue: int, cache_mb: int) -> Limits:
+    """How many tokens' keys and values fit into the memory given, and how much a step may read on this device."""
+    if slots is None:
+        return Limits(n_slots, n_queue)
+    base = slots.stack.base
+    weight: Tensor = anatomy.input_embeddings(base).weight  # type: ignore[assignment]
+    n_layers = int(anatomy.text_config(base).num_hidden_layers)
+    n_bytes = 2 * n_layers * anatomy.key_value_width(base) * weight.element_size()
+    limits = Limits(n_slots, n_queue, max(1, cache_mb * 2**20 // n_bytes))
+    return limits if weight.device.type == "cpu" else replace(limits, chunk=2048, small_chunk=512)
+
+
+def _put_all(events: Sequence[tuple[Row, str | Answer | Refusal]]) -> None:
+    for row, event in events:
+        row.put(event)

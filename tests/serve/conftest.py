@@ -223,7 +223,10 @@ def server(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture(scope="session")
 def bare() -> SimpleNamespace:
-    """spoken-mini without any adapter, as an engine is given it under three names; quick to load."""
+    """spoken-mini without any adapter, as an engine is given it under three names; quick to load.
+
+    models: rows of one stack. alone: models of their own, as for runs that no stack can hold.
+    """
     import torch
 
     from serve.engines.models import Model
@@ -232,13 +235,18 @@ def bare() -> SimpleNamespace:
     from toolkit.corpus.render import Renderer
     from toolkit.loaded import LoadedRun
     from toolkit.recipe.model import Base
+    from toolkit.stack.stack import Stack
 
     if not (shipped("base/spoken-mini") / "config.json").is_file():
         pytest.skip("data/base/spoken-mini is not there")
     base = load_base(Base(model="spoken-mini"), "cpu", torch.float32)
+    stack = Stack(base.model, base_hash=base.hash)
     renderer = Renderer(base.tokenizer, base.template)
     ends = frozenset(renderer.stop_ids)
     loaded = LoadedRun(Run(Path("casual")), {}, base, base.model, renderer, SAMPLING, ends, ())
+    names = ("base", "casual", "polite")
     return SimpleNamespace(
-        loaded=loaded, models={name: Model(served(name), loaded) for name in ("base", "casual", "polite")}
+        loaded=loaded,
+        models={name: Model(served(name), loaded, stack) for name in names},
+        alone={name: Model(served(name), loaded) for name in names},
     )

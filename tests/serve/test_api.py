@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve.api import Bounds, create_app
+from serve.engines.contract import Load
 from serve.guard import MAX_BODY
 from serve.refusal import Refusal, failed, queue_full
 
@@ -96,6 +97,13 @@ def test_health_and_readiness(client: TestClient, engine: Any) -> None:
     assert client.get("/healthz").json() == {"status": "ok"} and client.get("/readyz").status_code == 200
     engine.drain(1.0)
     assert client.get("/healthz").status_code == 200 and client.get("/readyz").status_code == 503
+
+
+def test_readiness_says_that_the_engine_fails(client: TestClient, engine: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "load", lambda: Load("ready", 1, 2, 3))
+    assert client.get("/readyz").json() == {"status": "ready", "running": 1, "waiting": 2, "failures": 3}
+    monkeypatch.setattr(engine, "load", lambda: Load("failing", 0, 0, 9))
+    assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
 
 
 ATTACKS = [

@@ -125,3 +125,13 @@ class TestRowsEngine(EngineContract):
         engine = RowsEngine(bare.models, n_slots=4, n_queue=32)
         yield engine
         engine.close()
+
+
+class TestRowsEngineOverModelsOfTheirOwn(EngineContract):
+    """Runs that no stack can hold keep the same contract."""
+
+    @pytest.fixture
+    def engine(self, bare: Any) -> Iterator[Engine]:
+        engine = RowsEngine(bare.alone, n_slots=4, n_queue=32)
+        yield engine
+        engine.close()

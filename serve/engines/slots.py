@@ -1,0 +1,181 @@
+"""Rows of many adapters on one base, in slots: whatever rows are asked for take their next tokens in one forward pass.
+
+The base's own Hugging Face modules run, the stack adds each row's adapter, serve/cache.py keeps what the rows have
+read. What a base needs for that is checked when it is opened, by `unfit`: first by name, then on a few tokens.
+"""
+
+# R rows of a forward pass, T new tokens (padded on the right), V vocabulary.
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve.cache import Frame, SlotCache
+from toolkit.adapters import anatomy
+from toolkit.stack.stack import BASE, Stack
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ONE_ANSWER_FOR_ALL = ("dynamic", "longrope")  # rotary embeddings that follow the longest row of a batch
+FREE_MB = 64  # an empty cache above it gives its memory back
+
+
+@dataclass(eq=False)
+class Seat:
+    """A row's place; it moves as others come and go. adapter: its name in the stack, None for the base."""
+
+    adapter: str | None
+    owner: int
+    slot: int
+
+
+class Slots:
+    """See the head of this file. One thread; every call under torch.inference_mode.
+
+    Rows that have settled (the ones that write) lie side by side from slot 0 on, so that they are read in place.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self._base = stack, stack.base
+        config = anatomy.text_config(stack.base)
+        weight: Any = anatomy.input_embeddings(stack.base).weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._window = anatomy.sliding_window(stack.base)
+        self._is_mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
+        self._keeps = "logits_to_keep" in inspect.signature(stack.base.forward).parameters
+        self.cache = SlotCache(config.num_hidden_layers, self._device)
+        self._seats: dict[int, Seat] = {}
+        self._n_settled = 0
+
+    def __len__(self) -> int:
+        """Rows that are there."""
+        return len(self._seats)
+
+    def open(self, adapter: str | None) -> Seat:
+        """A row of its own for a new answer by this adapter."""
+        slot = next(slot for slot in range(self._n_settled, len(self._seats) + 1) if slot not in self._seats)
+        prefix = () if adapter is None else self.stack.keys_and_values(adapter)
+        seat = Seat(adapter, BASE if adapter is None else self.stack.slots[adapter], slot)
+        self.cache.start(slot, prefix)
+        self._seats[slot] = seat
+        return seat
+
+    def settle(self, seat: Seat) -> None:
+        """A row has read its prompt and will take one token after the other: it moves to where the others do."""
+        if seat.slot >= self._n_settled:
+            self._swap(seat.slot, self._n_settled)
+            self._n_settled += 1
+
+    def close(self, seat: Seat) -> None:
+        """A row is over. Harmless for one that is not there."""
+        if self._seats.get(seat.slot) is not seat:
+            return
+        if seat.slot < self._n_settled:
+            self._n_settled -= 1
+            self._swap(seat.slot, self._n_settled)
+        self.cache.clear(seat.slot)
+        del self._seats[seat.slot]
+        if not self._seats and self.cache.n_bytes > FREE_MB * 2**20:
+            self.cache.reset()
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self._seats, self._n_settled = {}, 0
+        self.cache.reset()
+
+    def forward(self, seats: Sequence[Seat], ids: Sequence[Sequence[int]]) -> Tensor:
+        """Give each row its next tokens; what follows the last of them, [R, V]. After an exception nothing has changed.
+
+        Cheapest for seats in the order of their slots, with as many tokens each.
+        """
+        counts = [len(row) for row in ids]
+        n_tokens = max(counts)
+        frame = self.cache.enter([seat.slot for seat in seats], counts)
+        ids_RT = torch.tensor([[*row, *[0] * (n_tokens - len(row))] for row in ids], device=self._device)
+        lasts = sorted({count - 1 for count in counts})
+        keep: dict[str, Any] = {}
+        if self._keeps:
+            keep["logits_to_keep"] = 1 if len(lasts) == 1 else torch.tensor(lasts, device=self._device)
+        with self.stack.routed([seat.owner for seat in seats], n_tokens=n_tokens):
+            logits_RTV: Tensor = self._base(
+                input_ids=ids_RT,
+                attention_mask=self._masks(frame),
+                position_ids=frame.positions_RT,
+                past_key_values=self.cache,
+                use_cache=True,
+                **keep,
+            ).logits
+        self.cache.advance(frame)
+        if not self._keeps:
+            lasts = list(range(n_tokens))
+        if len(lasts) == 1:
+            return logits_RTV[:, 0]
+        places = torch.tensor([lasts.index(count - 1) for count in counts], device=self._device)
+        return logits_RTV[torch.arange(len(counts), device=self._device), places]
+
+    def _masks(self, frame: Frame) -> Tensor | dict[str, Tensor]:
+        if not self._is_mixed:
+            return frame.mask(self._dtype, self._window)
+        return {FULL: frame.mask(self._dtype), SLIDING: frame.mask(self._dtype, self._window)}
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        self.cache.swap(one, other)
+        moved = {one: self._seats.pop(other, None), other: self._seats.pop(one, None)}
+        for slot, seat in moved.items():
+            if seat is not None:
+                seat.slot = slot
+                self._seats[slot] = seat
+
+
+def unfit(stack: Stack) -> str | None:
+    """Why rows of this base cannot share a batch in slots, or None where they can. Costs a few tiny forward passes."""
+    config, base = anatomy.text_config(stack.base), stack.base
+    takes = inspect.signature(base.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ())
+    turning = {str(word) for word in _turning(getattr(config, "rope_parameters", None))}
+    if other := kinds - {FULL, SLIDING}:
+        return f"it has layers of {', '.join(sorted(other))}, which keep no keys and values by position"
+    if not {"past_key_values", "position_ids"} <= takes.keys():
+        return "its forward pass takes no cache, or no positions"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers share caches"
+    if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
+        return f"its attention ({config._attn_implementation}) takes no mask per row"
+    if turning & set(ONE_ANSWER_FOR_ALL):
+        return "its rotary embeddings depend on the longest row of a batch"
+    try:
+        off = _largest_difference(stack)
+    except Exception as error:  # whatever a model does not like about slots
+        return f"it does not run in slots ({type(error).__name__}: {str(error)[:200]})"
+    return None if off < 1e-2 else f"its rows differ in slots from what they are alone (by {off:.2g} of the logits)"
+
+
+@torch.inference_mode()
+def _largest_difference(stack: Stack) -> float:
+    """How far two rows of different lengths, read in chunks and beside each other, are from the base alone."""
+    slots = Slots(stack)
+    vocabulary = int(anatomy.text_config(stack.base).vocab_size)
+    texts = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (7, 4)]
+    seats = [slots.open(None) for _ in texts]
+    slots.forward(seats, [texts[0][:4], texts[1][:2]])
+    slots.forward(seats, [texts[0][4:6], texts[1][2:3]])
+    both_RV = slots.forward(seats, [text[-1:] for text in texts]).float()
+    worst = 0.0
+    for index, text in enumerate(texts):
+        ids = torch.tensor([text], device=both_RV.device)
+        alone_V = stack.base(input_ids=ids, use_cache=False).logits[0, -1].float()
+        worst = max(worst, ((both_RV[index] - alone_V).abs().max() / alone_V.abs().max().clamp(min=1e-6)).item())
+    return worst
+
+
+def _turning(rope: Any) -> Iterator[Any]:
+    """The types of rotary embedding in a config: one, or one for each type of layer."""
+    if isinstance(rope, dict):
+        yield rope.get("rope_type", "default")
+        for inner in rope.values():
+            yield from _turning(inner)
