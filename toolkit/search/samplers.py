@@ -10,10 +10,11 @@ import math
 import numpy as np
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 
 from toolkit.recipe.model import Recipe
 from toolkit.recipe.search import Range, dimensions
+from toolkit.search.cma import ReplayedCmaEs
 from toolkit.search.space import is_whole
 
 REDUCTION = 3  # of three trials that come to a rung, about one goes on
@@ -44,12 +45,8 @@ def sampler(recipe: Recipe, number: int) -> BaseSampler:
             seed=seed, n_startup_trials=n_first, independent_sampler=at_random, warn_independent_sampling=False
         )
     if kind == "cmaes":  # a pruned trial counts by its last loss, except in brackets, which end at other lengths
-        return CmaEsSampler(
-            seed=seed,
-            independent_sampler=at_random,
-            warn_independent_sampling=False,
-            consider_pruned_trials=search is not None and search.pruner in ("successive_halving", "median"),
-        )
+        is_in_brackets = search is not None and search.pruner == "hyperband"
+        return ReplayedCmaEs(recipe, seed=seed, counts_pruned=not is_in_brackets)
     if kind == "qmc":  # one sequence for all workers: its seed is the recipe's alone
         return QMCSampler(
             scramble=True, seed=recipe.train.seed, independent_sampler=at_random, warn_independent_sampling=False
