@@ -73,6 +73,7 @@ class Listening(Crew):
         self.reasons: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         self.together: list[tuple[str, ...]] = []
+        self.n_alive = 0
 
     def next(self) -> Member | None:
         return self.coming.pop(0) if self.coming else None
@@ -80,6 +81,9 @@ class Listening(Crew):
     def looked(self, looks: Sequence[Look]) -> Collection[str]:
         self.looks += looks
         return [look.name for look in looks if self.prune.get(look.name) == look.number]
+
+    def alive(self) -> None:
+        self.n_alive += 1
 
     def left(self, name: str, fitted: Fitted, adapter: Adapter) -> None:
         self.fitted[name], self.adapters[name] = fitted, adapter

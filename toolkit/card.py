@@ -113,9 +113,9 @@ def _plain(text: str) -> str:
     return escape(" ".join(text.split()))
 
 
-def write_card(run: Run) -> None:
+def write_card(run: Run, section: str = "") -> None:
     """README.md of the run: recipe, data with hashes, results, how to load and serve. Readable on a model hub as it
-    is.
+    is. `section`: Markdown that says how the result came about, where more is to be said than a recipe does.
     """
     facts = run.facts()
     data = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in facts["inputs"]["data"].items())
@@ -146,7 +146,7 @@ Trained with Maltu {around["versions"]["maltu"]}: `{facts["command"]}`
     python -m toolkit chat RUN
     python -m serve RUN
 {_load_lines(run, base, is_whole)}
-## Data
+{section and section.strip() + chr(10) * 2}## Data
 
 | file | SHA-256 |
 |---|---|

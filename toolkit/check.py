@@ -18,7 +18,14 @@ def check(arguments: argparse.Namespace) -> int:
     from toolkit.quiet import quiet
 
     with quiet():
+        from rich.console import Console
+
         from toolkit.fit.preview import preview
 
-        preview(recipe)
+        console = Console(highlight=False)
+        seen = preview(recipe, console)
+        if recipe.search is not None and seen is not None:
+            from toolkit.search.outlook import show_outlook
+
+            show_outlook(recipe, seen, console)
     return 0

@@ -80,13 +80,13 @@ def _train(
     corpus, base, renderer, rows = ready.corpus, ready.base, ready.renderer, ready.rows
     console.print(in_short(recipe, base, corpus, rows), highlight=False)
     goes_on = (folder.path / bundle.RUN_FILE).exists()
-    plan = _plan(recipe, folder, base, rows)  # the processes meet here, before one of them writes
+    learnable = training_rows(recipe, base, rows)
+    plan = _plan(recipe, folder, base, rows, len(learnable))  # the processes meet here, before one of them writes
     judge = make_judge(recipe, base, renderer, corpus, rows)
     before = measured_before(recipe, folder, judge)
     kind = kind_of(recipe.adapter)
     learned = sorted({i for row in rows.train for i in row.input_ids})
     model = kind.attach(base.model, recipe.adapter, seed=recipe.train.seed, token_ids=learned, tokenizer=base.tokenizer)
-    learnable = training_rows(recipe, base, rows)
     if not goes_on:
         plan = find_micro_batch(model, learnable, plan, base.tokenizer.pad_token_id or 0, base.device)
         begin(folder, recipe, options, inputs, plan, renderer, before)
@@ -120,12 +120,11 @@ def _train(
     return fitted
 
 
-def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows) -> Plan:
-    """The plan that the run was begun with, or a new one."""
+def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows, n_learned: int) -> Plan:
+    """The plan that the run was begun with, or a new one. n_learned: rows of one epoch, as the weights of files say."""
     if is_main() and (folder.path / bundle.RUN_FILE).exists():
         return said_by_main(Plan(**folder.facts()["plan"]))
-    learned = len(training_rows(recipe, base, rows)) if is_new(recipe) else len(rows.train)
-    total = count_steps(learned, recipe)[1]
+    total = count_steps(n_learned, recipe)[1]
     late = [step for step in recipe.train.keep if step > total]
     if late:
         says = f"step {late[0]} never comes: this run takes {total} steps. Take it out."

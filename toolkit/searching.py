@@ -5,20 +5,22 @@ Another process with the same command finds the lock held and joins as one more 
 (search/run.py); whoever is there when the study is over and holds the best adapter writes the result.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from torch import nn
 
 from toolkit import bundle, disk
 from toolkit.adapters.kinds import kind_in_folder
+from toolkit.bases.fetch import find_folder
 from toolkit.bases.files import weight_files
 from toolkit.bases.load import LoadedBase, load_base
 from toolkit.bundle import Run
@@ -30,13 +32,24 @@ from toolkit.fit.prepare import make_renderer, place_here, weight_dtype
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
+from toolkit.recipe.show import to_yaml, without_secrets
 from toolkit.recipe.space import without_password
 from toolkit.search.crew import Ground
 from toolkit.search.identity import kept
 from toolkit.search.run import Found, Others, is_helper, work
-from toolkit.search.split import Split, split_machine
+from toolkit.search.split import Split, count_cores, split_machine
 from toolkit.search.words import search_markdown
-from toolkit.steps import INTERRUPTED, Options, begin, data_facts, finish, in_short, make_judge
+from toolkit.steps import (
+    INTERRUPTED,
+    Options,
+    begin,
+    command_line,
+    data_facts,
+    facts_of_begun,
+    finish,
+    in_short,
+    make_judge,
+)
 from toolkit.track import open_track
 
 JOIN_S = 120.0  # how long a worker waits for the leader to begin
@@ -54,7 +67,7 @@ def run(recipe: Recipe, options: Options) -> int:
         raise RunError("A search is not started by torchrun. Start the same command once more for each worker.")
     console = Console(quiet=options.quiet)
     folder = Run(options.runs / recipe.name)
-    inputs = inputs_of(_without_password(recipe))
+    inputs = inputs_of(without_secrets(recipe))
     folder.refuse_foreign()
     with quiet():
         while True:
@@ -73,6 +86,7 @@ def run(recipe: Recipe, options: Options) -> int:
 
 def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], console: Console) -> int:
     if options.fresh and folder.path.exists() and (folder.path / bundle.RUN_FILE).exists():
+        _refuse_fresh(recipe, folder)
         _ground(recipe, folder, inputs)  # a mistake in data or base leaves the old run in its place
         console.print(f"The old run lies in {bundle.set_aside(folder)} now.")
         return run(recipe, Options(options.runs, False, options.quiet, options.command))
@@ -88,7 +102,7 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         rows = ground.rows.of(recipe)
         console.print(in_short(recipe, ground.base, ground.rows.corpus, rows), highlight=False)
         _begin(recipe, options, folder, inputs, ground)
-        found = work(ground, inputs, split.threads, console, is_quiet=options.quiet)
+        found = work(ground, inputs, split.threads, console, is_quiet=options.quiet, leads=True)
         if found is None:
             console.print("Stopped. The same command goes on where it stopped.")
             return INTERRUPTED
@@ -99,6 +113,23 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
     finally:
         if others is not None:
             others.stop()
+        if not (folder.path / bundle.RUN_FILE).exists():
+            _remove_empty(folder.path / "search")
+
+
+def _refuse_fresh(recipe: Recipe, folder: Run) -> None:
+    """A study in a database stays when the run folder is moved, and the new run would find it over."""
+    storage = recipe.search.storage if recipe.search is not None else None
+    if storage is not None:
+        raise RunError(
+            f"{folder.path}: --fresh moves the run folder, but the study lies in {without_password(storage)}. Search"
+            f" beside it with name={folder.name}-2, or name another search.storage."
+        )
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something, or was never made
+        folder.rmdir()
 
 
 def _join(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], console: Console) -> int | None:
@@ -107,33 +138,29 @@ def _join(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
     while _status(folder) != "training" or not _is_same(folder, inputs):
         if folder.is_free():
             return None
-        if time.monotonic() - started > JOIN_S:
+        if not is_helper() and time.monotonic() - started > JOIN_S:
             raise RunError(f"{folder.path}: another process holds it and began no search of this recipe. Wait for it.")
         time.sleep(LOOK_S)
     console.print(f"{folder.path}: a search is under way; this process joins it as one more worker.")
     ground = _ground(recipe, folder, inputs)
-    found = work(ground, inputs, _split(recipe).threads, console, is_quiet=options.quiet)
+    found = work(ground, inputs, _split(recipe).threads, console, is_quiet=options.quiet, leads=False)
     if found is None:
         console.print("Stopped. The other workers go on; the same command joins again.")
         return INTERRUPTED
-    return None if not is_helper() and folder.is_free() and _status(folder) == "training" else 0
+    if is_helper() or not folder.is_free() or _status(folder) != "training":
+        console.print(f"{folder.path}: every trial has ended; the process that leads writes the result.")
+        return 0
+    return None
 
 
 def _is_finished(recipe: Recipe, folder: Run, inputs: dict[str, Any]) -> bool:
     """Whether the search is there and done; more trials than it had, or more minutes, take it up again."""
-    if not (folder.path / bundle.RUN_FILE).exists():
+    facts = facts_of_begun(folder, inputs)
+    if facts is None:
         return False
-    facts = folder.facts()
-    begun = facts.get("inputs")
-    if not isinstance(begun, dict) or begun.keys() != inputs.keys() or "status" not in facts:
-        raise RunError(
-            f"{folder.path / bundle.RUN_FILE}: does not say what the search was begun with. Restore it from a copy,"
-            " search with another name=…, or --fresh."
-        )
+    begun = facts["inputs"]
     refuse_changed(folder, kept(begun), kept(inputs))
-    budget = [
-        {key: of["recipe"].get(f"search.{key}") for key in ("trials", "minutes", "patience")} for of in (begun, inputs)
-    ]
+    budget = [{key: of["recipe"].get(f"search.{key}") for key in BUDGET} for of in (begun, inputs)]
     return bool(facts["status"] == "finished") and budget[0] == budget[1]
 
 
@@ -149,12 +176,10 @@ def _status(folder: Run) -> str:
 
 
 def _split(recipe: Recipe) -> Split:
-    from toolkit.bases.fetch import find_folder
-
     assert isinstance(recipe.base, Base)  # a search over a base from scratch is refused when the recipe is read
     base = find_folder(recipe.base, weights=True)
-    size = sum((base / name).stat().st_size for name in weight_files(base, recipe.base.model))
-    return split_machine(recipe, place_here(), psutil.cpu_count(logical=False) or os.cpu_count() or 1, size)
+    size = sum(file.stat().st_size for file in weight_files(base, recipe.base.model))
+    return split_machine(recipe, place_here(), count_cores(), size)
 
 
 def _helpers(options: Options, folder: Run, split: Split) -> Others | None:
@@ -174,7 +199,6 @@ def _ground(recipe: Recipe, folder: Run, inputs: dict[str, Any]) -> Ground:
 
 
 def _base(recipe: Recipe) -> LoadedBase:
-
     assert isinstance(recipe.base, Base)  # as above
     device = place_here().device
     return load_base(recipe.base, device, weight_dtype(recipe, device))
@@ -183,24 +207,20 @@ def _base(recipe: Recipe) -> LoadedBase:
 def _begin(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], ground: Ground) -> None:
     """Write what the search is; where it goes on, only that it does, and what of it may change."""
     if (folder.path / bundle.RUN_FILE).exists():
-        disk.write_text(folder.recipe_file, _yaml(recipe))
-        folder.update(status="training", inputs=inputs)
+        disk.write_text(folder.recipe_file, to_yaml(without_secrets(recipe)))
+        folder.update(status="training", inputs=inputs, command=command_line(_shown(recipe, options)))
         return
     renderer = make_renderer(recipe, ground.base)
-    begin(folder, _without_password(recipe), options, inputs, ground.plan(recipe), renderer, {})
+    begin(folder, without_secrets(recipe), _shown(recipe, options), inputs, ground.plan(recipe), renderer, {})
 
 
-def _yaml(recipe: Recipe) -> str:
-    from toolkit.recipe.show import to_yaml
-
-    return to_yaml(_without_password(recipe))
-
-
-def _without_password(recipe: Recipe) -> Recipe:
-    search = recipe.search
-    if search is None or search.storage is None:
-        return recipe
-    return recipe.model_copy(update={"search": search.model_copy(update={"storage": without_password(search.storage)})})
+def _shown(recipe: Recipe, options: Options) -> Options:
+    """The call as it may be written down: a storage among its overrides without its password."""
+    storage = recipe.search.storage if recipe.search is not None else None
+    if storage is None:
+        return options
+    words = [word.replace(storage, without_password(storage)) for word in shlex.split(options.command)]
+    return replace(options, command=shlex.join(words))
 
 
 # The result
@@ -212,7 +232,11 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
         if found.where:
             console.print(
                 f"The best trial's adapter lies with the worker that trained it ({found.where}), which writes the"
-                " result. Its values: " + ", ".join(f"{key} {value}" for key, value in found.values.items())
+                " result. Its values: " + ", ".join(f"{key} {value}" for key, value in found.values.items()) + "."
+                f" Where that worker's run folder is gone: python -m toolkit.train {ground.folder / 'best.yaml'}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
             return 0
         raise RunError(
@@ -234,9 +258,10 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
         "results": {"before": before, "after": after},
         "labels": list(judge.held.labels),
     }
-    finish(folder, recipe, ground.base, facts)
+    section = search_markdown(found.facts)
+    finish(folder, recipe, ground.base, facts, section)
     show_result(folder, console)
-    console.print(search_markdown(found.facts), highlight=False, markup=False)
+    console.print(section, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -248,6 +273,7 @@ def _take_over(folder: Run, ground: Ground, found: Found) -> nn.Module:
     target = folder.path / WHOLE_MODEL if whole.is_dir() else folder.adapter()
     disk.make_folder(target.parent)
     disk.write_folder(target, lambda path: _copy(source, path))
+    disk.remove(folder.adapter() if whole.is_dir() else folder.path / WHOLE_MODEL)  # of an earlier, shorter search
     if whole.is_dir():
         model: nn.Module = load_base(Base(model=str(target)), str(ground.base.device), ground.base.dtype).model
         return model
@@ -267,7 +293,7 @@ def _track(
     warn: Callable[[str], None],
 ) -> None:
     """A line a trial, in the order of their numbers, then the result."""
-    track = open_track(folder.path, recipe.track, found.facts, 0, warn)
+    track = open_track(folder.path, recipe.track, found.facts, -1, warn)  # all of them, from trial 0 on
     for number, values in found.history:
         track.log(number, **values)
     last = found.history[-1][0] + 1 if found.history else 1

@@ -61,8 +61,17 @@ def is_main() -> bool:
 
 def is_finished(folder: Run, inputs: dict[str, Any]) -> bool:
     """Whether the run is there and done. Raises RunError when it was started with something else."""
-    if not (folder.path / bundle.RUN_FILE).exists():
+    facts = facts_of_begun(folder, inputs)
+    if facts is None:
         return False
+    refuse_changed(folder, facts["inputs"], inputs)
+    return bool(facts["status"] == "finished")
+
+
+def facts_of_begun(folder: Run, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """run.json of a run that was begun, None where there is none. Raises RunError when it does not say with what."""
+    if not (folder.path / bundle.RUN_FILE).exists():
+        return None
     facts = folder.facts()
     begun = facts.get("inputs")
     if not isinstance(begun, dict) or begun.keys() != inputs.keys() or "status" not in facts:
@@ -70,8 +79,7 @@ def is_finished(folder: Run, inputs: dict[str, Any]) -> bool:
             f"{folder.path / bundle.RUN_FILE}: does not say what the run was trained on, or how far it came. Restore"
             " it from a copy, train with another name=…, or --fresh."
         )
-    refuse_changed(folder, begun, inputs)
-    return bool(facts["status"] == "finished")
+    return facts
 
 
 def begin(
@@ -96,12 +104,17 @@ def begin(
     folder.update(
         status="training",
         task=recipe.task,
-        command=f"python -m toolkit.train {options.command}",
+        command=command_line(options),
         inputs=inputs,
         plan=plan.facts(),
         surroundings=surroundings(),
         template=disk.hash_text(renderer.template),
     )
+
+
+def command_line(options: Options) -> str:
+    """The call as a user would type it."""
+    return f"python -m toolkit.train {options.command}"
 
 
 def make_judge(recipe: Recipe, base: LoadedBase, renderer: Renderer, corpus: Corpus, rows: Rows) -> Judge:
@@ -131,8 +144,11 @@ def measured_before(recipe: Recipe, folder: Run, judge: Judge) -> dict[str, Any]
     return judge.measure_base()
 
 
-def finish(folder: Run, recipe: Recipe, base: LoadedBase, found: dict[str, Any]) -> None:
-    """Say what came out, then mark the run finished, last of all, and drop what only an unfinished run needs."""
+def finish(folder: Run, recipe: Recipe, base: LoadedBase, found: dict[str, Any], section: str = "") -> None:
+    """Say what came out, then mark the run finished, last of all, and drop what only an unfinished run needs.
+
+    `section`: more for the card, as Markdown.
+    """
     named = recipe.base
     keys = {"revision", "quantize", "trust_remote_code"}
     folder.update(
@@ -144,7 +160,7 @@ def finish(folder: Run, recipe: Recipe, base: LoadedBase, found: dict[str, Any])
         },
         **found,
     )
-    write_card(folder)
+    write_card(folder, section)
     folder.update(status="finished")
     bundle.drop_checkpoints(folder, recipe.train.keep)
 

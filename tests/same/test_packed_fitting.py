@@ -218,6 +218,42 @@ def test_one_that_memory_does_not_hold_alone_says_so_and_the_rest_go_on(
     assert "20 tokens" in heard.reasons["긴말"] and "train.max_length" in heard.reasons["긴말"]
 
 
+def test_one_for_whose_moments_there_is_no_room_waits_for_another_to_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [member_of(f"m{i}", rows=some_talk(8, seed=i), valid=VALID) for i in range(3)]
+    roomy = fit(tmp_path / "roomy", members)
+    add = Stack.add
+
+    def scarce(self: Stack, name: str, *given: Any, **more: Any) -> int:
+        slot = add(self, name, *given, **more)
+        if len(self.slots) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return slot
+
+    monkeypatch.setattr(Stack, "add", scarce)
+    tight = fit(tmp_path / "tight", members)
+    assert not tight.reasons and {len(names) for names in tight.together} == {1}
+    for member in members:
+        assert apart(roomy.adapters[member.name], tight.adapters[member.name]) < 1e-4
+
+
+def test_one_that_finds_no_room_even_alone_fails_and_the_rest_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Stack.add
+
+    def scarce(self: Stack, name: str, *given: Any, **more: Any) -> int:
+        slot = add(self, name, *given, **more)
+        if name == "wide":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return slot
+
+    monkeypatch.setattr(Stack, "add", scarce)
+    heard = fit(tmp_path, [member_of("wide"), member_of("다음")], Setup(1, Limits(256, 4096), 0))
+    assert set(heard.adapters) == {"다음"} and "smaller" in heard.reasons["wide"]
+
+
 def test_numbers_that_run_away_stay_with_their_owner(tmp_path: Path) -> None:
     rows = some_talk(12, shortest=10, longest=10)
     calm = member_of("calm", rows=rows)

@@ -31,6 +31,18 @@ def test_one_that_is_pruned_takes_no_step_more_and_keeps_its_best(tmp_path: Path
     assert "a" in heard.adapters
 
 
+def test_one_that_is_done_anyway_is_not_pruned_at_its_last_evaluation(tmp_path: Path) -> None:
+    heard = fit(
+        tmp_path, [member_of("a", rows=some_talk(16), valid=VALID, epochs=1.0, evaluate_every=0.25)], prune={"a": 4}
+    )
+    assert heard.fitted["a"].stopped == "done" and heard.fitted["a"].steps == 4
+
+
+def test_the_crew_is_heard_of_between_forward_passes(tmp_path: Path) -> None:
+    heard = fit(tmp_path, [member_of("a", rows=some_talk(16), valid=VALID)], Setup(1, Limits(30, 4096), 0))
+    assert heard.n_alive > 2 * len(heard.together)
+
+
 def test_patience_is_each_members_own(tmp_path: Path) -> None:
     hasty = member_of("hasty", valid=VALID, epochs=20.0, learning_rate=0.2, early_stop_patience=1)
     patient = member_of("patient", valid=VALID, epochs=20.0, learning_rate=0.2, early_stop_patience=3)

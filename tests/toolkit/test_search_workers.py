@@ -171,16 +171,31 @@ def test_a_worker_that_left_is_not_waited_for(tmp_path: Path) -> None:
     assert (asked.again_of, asked.params) == (first.number, first.params)
 
 
+def gone(index: int) -> Worker:
+    """A worker of this machine whose process is no more."""
+    here = Worker.here()
+    return Worker(f"gone-{index}", here.host, 4_999_999, 1.0, index)
+
+
 def test_a_trial_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, trials=1)
-    for _ in range(ledger.MOST_ATTEMPTS):
-        study = open_study(recipe, tmp_path / "search")
-        assert study.ask() is not None
-        study.leave()
+    for index in range(ledger.MOST_ATTEMPTS):
+        assert open_study(recipe, tmp_path / "search", worker=gone(index)).ask() is not None
     last = open_study(recipe, tmp_path / "search")
     assert last.ask() is None
     assert last.is_over()
     assert last.trials()[-1].user_attrs["reason"] == f"its process died {ledger.MOST_ATTEMPTS} times"
+
+
+def test_a_worker_that_was_asked_to_stop_costs_its_trial_no_attempt(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, trials=1)
+    for _ in range(2 * ledger.MOST_ATTEMPTS):
+        study = open_study(recipe, tmp_path / "search")
+        assert study.ask() is not None
+        study.leave()
+    last = open_study(recipe, tmp_path / "search")
+    assert last.ask() is not None
+    assert {trial.user_attrs["reason"] for trial in last.trials()[:-1]} == {ledger.LEFT}
 
 
 def elsewhere(index: int = 1) -> Worker:

@@ -36,6 +36,7 @@ from toolkit.stack.stack import Stack
 
 CHECKPOINT_S = 20.0  # at most this much work, and the time of one save, is repeated after a kill
 SAVE_SHARE = 10.0  # a save may cost a tenth of the time: slow saves come less often
+ASK_S = 1.0  # how long a crew that had nobody is left in peace, while others learn
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Crew(Protocol):
     def failed(self, name: str, fitted: Fitted, reason: str) -> None:
         """One could not go on: its numbers ran away, or memory does not hold it alone."""
 
+    def alive(self) -> None:
+        """Between two forward passes: time for a sign of life. Cheap."""
+
     def stepped(self, learners: Sequence[Learner], losses: Mapping[str, float]) -> bool:
         """A step of all is done: who is still here, and the training loss of each that took it; whether to save and
         stop."""
@@ -102,6 +106,7 @@ class _Many:
         self.waiting: list[Member] = []  # those that memory did not hold, saved
         self._n_saves = max((int(path.name.removeprefix("stack-")) for path in place.glob("stack-*")), default=0)
         self._saved_at, self._save_s = time.monotonic(), 0.0
+        self._ask_at = 0.0
 
     def run(self) -> bool:
         self.stack.base.eval()
@@ -130,13 +135,30 @@ class _Many:
 
     def _fill(self) -> int:
         """Let in as many as there is room for; how many came."""
-        n_before = len(self.learners)
+        n_new = 0
         while len(self.learners) < self.most:
-            member = self.waiting.pop(0) if self.waiting else self.crew.next()
+            member = self.waiting.pop(0) if self.waiting else self._asked()
             if member is None:
                 break
-            self.learners.append(Learner(member, self.stack))
-        return len(self.learners) - n_before
+            n_new += 1
+            try:
+                self.learners.append(Learner(member, self.stack))
+            except torch.OutOfMemoryError:
+                if not self.learners:
+                    fitted = Fitted("failed", 0, None, None, 0.0, 0)
+                    self.crew.failed(member.name, fitted, "Out of memory with this adapter alone. Take a smaller one.")
+                    continue
+                self.waiting.insert(0, member)
+                self.most = len(self.learners)
+        return n_new
+
+    def _asked(self) -> Member | None:
+        """The crew's next one; a crew that had nobody is not asked again at every step."""
+        if self.learners and time.monotonic() < self._ask_at:
+            return None
+        member = self.crew.next()
+        self._ask_at = 0.0 if member is not None else time.monotonic() + ASK_S
+        return member
 
     def _let_go(self) -> None:
         for learner in [one for one in self.learners if one.is_done]:
@@ -144,6 +166,7 @@ class _Many:
 
     def _leave(self, learner: Learner, stopped: str) -> None:
         self.learners.remove(learner)
+        self._ask_at = 0.0
         adapter = learner.leave()
         if all(bool(torch.isfinite(tensor).all()) for tensor in adapter.tensors.values()):
             self.crew.left(learner.name, learner.fitted(stopped), adapter)
@@ -153,6 +176,7 @@ class _Many:
 
     def _fail(self, learner: Learner, reason: str) -> None:
         self.learners.remove(learner)
+        self._ask_at = 0.0
         self.stack.remove(learner.name)
         self.crew.failed(learner.name, learner.fitted("failed"), reason)
 
@@ -171,10 +195,7 @@ class _Many:
             clip_gradients(self.stack, limits)
         before = {learner.name: learner.progress.n_tokens for learner, _ in kept}
         for learner, _ in kept:
-            try:
-                learner.step()
-            except torch.OutOfMemoryError:  # its moments found no room; it takes this step again later
-                self._set_aside([learner])
+            learner.step()
         self.stack.zero_grad([learner.name for learner in self.learners])
         taken = {learner.name: learner.progress.n_tokens - before[learner.name] for learner, _ in kept}
         seconds, total = time.monotonic() - started, max(1, sum(taken.values()))
@@ -209,6 +230,7 @@ class _Many:
                 if learns and nll_N.numel():
                     (nll_N / counts[batch.share_N]).sum().backward()  # type: ignore[no-untyped-call]
             sums.index_add_(0, batch.share_N, nll_N.detach().double())
+            self.crew.alive()
         return [float(loss) for loss in sums / counts]
 
     def _nll(self, batch: MicroBatch) -> Tensor:
@@ -239,8 +261,8 @@ class _Many:
             learner.progress.seconds += (time.monotonic() - started) / len(measured)
             looks.append(Look(learner.name, len(learner.progress.losses), learner.progress.step, loss))
         ended = set(self.crew.looked(looks)) if looks else set()
-        for learner in [one for one in self.learners if one.name in ended]:
-            self._leave(learner, "pruned")
+        for learner in [one for one in self.learners if one.name in ended and not one.is_done]:
+            self._leave(learner, "pruned")  # one that is done anyway has cost what it costs
 
     # Memory
 
@@ -269,9 +291,8 @@ class _Many:
         """These wait until a place is free; from now on fewer learn at once."""
         for learner in list(learners):
             folder = self.place / f"waiting-{learner.name}"
-            disk.remove(folder)
             disk.make_folder(self.place)
-            learner.save(folder)
+            disk.write_folder(folder, learner.save)
             self.waiting.append(replace(learner.member, continues=folder))
             self.learners.remove(learner)
             self.stack.remove(learner.name)
@@ -291,8 +312,8 @@ class _Many:
             for learner in self.learners:
                 learner.save(target / learner.name)
             for member in self.waiting:
-                assert member.continues is not None  # it was saved when it was set aside
-                shutil.copytree(member.continues, target / member.name)
+                if member.continues is not None:  # one that never began begins anew
+                    shutil.copytree(member.continues, target / member.name)
 
         disk.write_folder(folder, fill, marker=True)
         for older in self.place.glob("stack-*"):

@@ -67,14 +67,20 @@ class Learner:
         every = evaluation_steps(self.per_epoch, self.total, train.evaluate_every)
         self.look_steps = every if member.valid else ()
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}
         self._order: tuple[int, list[int]] = (-1, [])
-        stack.add(self.name, member.adapter, learns=True)
-        self.slot = stack.slots[self.name]
-        self.leaves = stack.learning(self.name)
-        self.optimizer, self._rate = _optimizer(member, self.leaves, self.total)
-        if member.continues is not None:
-            self._take_up(member.continues)
+        try:
+            stack.add(self.name, member.adapter, learns=True)
+            self.slot = stack.slots[self.name]
+            self.leaves = stack.learning(self.name)
+            self.optimizer, self._rate = _optimizer(member, self.leaves, self.total)
+            # Everything that a step or an evaluation writes into is made here, so that neither can stop half way.
+            self._best = {name: torch.empty_like(leaf) for name, leaf in self.leaves.items() if member.valid}
+            if member.continues is not None:
+                self._take_up(member.continues)
+        except BaseException:
+            if self.name in stack.slots:
+                stack.remove(self.name)
+            raise
 
     # One step
 
@@ -116,7 +122,8 @@ class Learner:
         progress.losses.append(loss)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.bad = loss, progress.step, 0
-            self.best = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+            for name, leaf in self.leaves.items():
+                self._best[name].copy_(leaf.detach())
         else:
             progress.bad += 1
 
@@ -139,27 +146,22 @@ class Learner:
     def leave(self) -> Adapter:
         """Take it out of the stack; its best tensors as an adapter, the last ones where it was never measured."""
         with torch.no_grad():
-            for name, tensor in self.best.items():
+            for name, tensor in self._best.items() if self.progress.best_step is not None else ():
                 self.leaves[name].copy_(tensor)
         adapter = self.stack.adapter(self.name)
         self.stack.remove(self.name)
         return adapter
 
-    @property
-    def held_bytes(self) -> int:
-        """What its weights, gradient, two moments and best tensors take."""
-        return 5 * sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
-
     # Stopping and going on
 
     def save(self, folder: Path) -> None:
         """Everything needed to go on exactly: leaves, moments, best tensors (safetensors), progress (JSON)."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"leaf.{name}": leaf for name, leaf in self.leaves.items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        if self.progress.best_step is not None:
+            tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         for name, leaf in self.leaves.items():
-            state = self.optimizer.state.get(leaf, {})
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+            tensors |= {f"{moment}.{name}": self.optimizer.state[leaf][moment] for moment in MOMENTS}
         held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(held, folder / TENSORS_FILE)
         (folder / STATE_FILE).write_text(json.dumps(vars(self.progress)), encoding="utf-8")
@@ -169,22 +171,21 @@ class Learner:
             tensors = load_file(folder / TENSORS_FILE)
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             progress = Progress(**state)
-            self._restore(tensors, progress.step)
+            self._restore(tensors, progress)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as broken:
             raise TrainingError(f"{folder}: damaged ({broken}). Start again with --fresh.") from broken
         self.progress = progress
 
-    def _restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         with torch.no_grad():
             for name, leaf in self.leaves.items():
                 leaf.copy_(tensors[f"leaf.{name}"])
-                if step:
-                    # laid out as the leaf is: the fused optimizer walks through memory, not through indices
-                    moments = {m: torch.empty_like(leaf).copy_(tensors[f"{m}.{name}"]) for m in MOMENTS}
-                    count = torch.tensor(float(step), device=leaf.device if leaf.is_cuda else None)
-                    self.optimizer.state[leaf] = {"step": count, **moments}
-        best = {name: tensors[f"best.{name}"] for name in self.leaves if f"best.{name}" in tensors}
-        self.best = {name: tensor.to(self.leaves[name].device) for name, tensor in best.items()}
+                state = self.optimizer.state[leaf]
+                state["step"].fill_(float(progress.step))
+                for moment in MOMENTS:
+                    state[moment].copy_(tensors[f"{moment}.{name}"])
+                if progress.best_step is not None:
+                    self._best[name].copy_(tensors[f"best.{name}"])
 
 
 def _optimizer(
@@ -197,6 +198,10 @@ def _optimizer(
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     is_fused = all(_is_dense(leaf) for leaf in leaves.values())
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=is_fused)
+    for leaf in leaves.values():
+        # Moments laid out as the leaf is: the fused optimizer walks through memory, not through indices.
+        moments = {moment: torch.zeros_like(leaf, requires_grad=False) for moment in MOMENTS}
+        optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device if is_fused else None), **moments}
     guide = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the schedule alone is wanted, of a rate that we set ourselves
     schedule: Any = get_scheduler(train.schedule, guide, warmup_steps(train, total), total)
     shape: Callable[[int], float] = schedule.lr_lambdas[0]

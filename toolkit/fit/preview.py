@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,44 +12,58 @@ from rich.text import Text
 
 from toolkit.bases.load import LoadedTokenizer, load_tokenizer
 from toolkit.corpus.gather import Corpus, gather
+from toolkit.corpus.manner import manner_by_role, some_of
 from toolkit.corpus.render import IGNORED, Rendered, Renderer
-from toolkit.fit.plan import Plan, Shape, activation_bytes, count_steps, make_plan, max_length
-from toolkit.fit.prepare import Rows, place_here, render_rows, shape_of
+from toolkit.fit.plan import Place, Plan, Shape, activation_bytes, count_steps, make_plan, max_length
+from toolkit.fit.prepare import Rows, place_here, render_rows, shape_of, weigh
 from toolkit.recipe.model import Base, NewBase, Recipe
-from toolkit.recipe.show import to_yaml
+from toolkit.recipe.show import to_yaml, without_secrets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_FLOPS = 40e9  # what two cores of a laptop reach in float32; a GPU's figure is its own
 GPU_FLOPS = 60e12
+N_SCORED = 500  # conversations that the spoken score looks at
 ADAPTER_PASSES, FULL_PASSES = 4, 6  # multiply-adds per weight and token: forward 2, gradients of inputs 2, of weights 2
 
 
-def preview(recipe: Recipe) -> None:
-    """Print the resolved recipe, the data report, one sample with its loss mask, and what the run will cost.
+@dataclass(frozen=True)
+class Previewed:
+    """What a run would stand on."""
+
+    plan: Plan
+    shape: Shape
+    rows: Rows
+    place: Place
+
+
+def preview(recipe: Recipe, console: Console) -> Previewed | None:
+    """Print the resolved recipe, the data report, one sample with its loss mask, and what the run will cost. None for
+    a base from scratch, which is not looked at.
 
     Raises what the run itself would raise before training: RecipeError, DataError, BaseError.
     """
-    console = Console(highlight=False)
     console.rule("recipe, every key")
-    console.print(Text(to_yaml(recipe)))
+    console.print(Text(to_yaml(without_secrets(recipe))))
     corpus = gather(recipe.data, recipe.train.seed, None)
     console.rule("data")
     _show_report(corpus, console)
+    _show_manner(corpus, console)
     if isinstance(recipe.base, NewBase):
         console.print("A base from scratch learns its tokenizer first, so tokens are not counted yet.")
-        return
+        return None
     loaded, renderer, shape = _open(recipe, recipe.base)
     rows = render_rows(recipe, renderer, corpus)
     _show_lengths(rows, console)
     console.rule("one conversation: what is learned is underlined")
     console.print(mark_learned(loaded.tokenizer, rows.train[0]))
-    console.rule("the run")
+    console.rule("the run" if recipe.search is None else "one trial, with the recipe's own values")
     place = place_here()
     plan = make_plan(recipe, shape, place, max(len(row.input_ids) for row in rows.train))
     for name, value in estimate(recipe, plan, shape, rows, place.device).items():
         console.print(f"{name:<24}{value}")
+    return Previewed(plan, shape, rows, place)
 
 
 def _open(recipe: Recipe, base: Base) -> tuple[LoadedTokenizer, Renderer, Shape]:
@@ -76,6 +91,19 @@ def _show_report(corpus: Corpus, console: Console) -> None:
             console.print(f"  {title} {number:,} {reason.replace('_', ' ')}  {example}", markup=False)
     sizes = {part: len(getattr(corpus, part)) for part in ("train", "valid", "test")}
     console.print(f"to learn from {sizes['train']:,}, to watch {sizes['valid']:,}, to judge by {sizes['test']:,}")
+
+
+def _show_manner(corpus: Corpus, console: Console) -> None:
+    """How spoken is what each role says, by a sample of what is learned from."""
+    of_roles = manner_by_role(some_of(corpus.train, N_SCORED))
+    said = [
+        f"{role} {lang} {of.mean:.2f} ({100 * of.share:.0f} % of turns)"
+        for role, by_language in of_roles.items()
+        for lang, of in by_language.items()
+        if lang != "all" and of.n
+    ]
+    if said:
+        console.print(f"spoken, from 0 to 1: {', '.join(said)}")
 
 
 def _show_lengths(rows: Rows, console: Console) -> None:
@@ -118,8 +146,9 @@ def _runs(row: Rendered) -> Iterator[tuple[list[int], bool]]:
 
 def estimate(recipe: Recipe, plan: Plan, shape: Shape, rows: Rows, device: str) -> dict[str, str]:
     """What the run will take, in words: sizes are counted, time and memory estimated."""
-    per_epoch, steps = count_steps(len(rows.train), recipe)
-    tokens = sum(len(row.input_ids) for row in rows.train) * steps / per_epoch
+    seen = weigh(recipe, rows)
+    per_epoch, steps = count_steps(len(seen), recipe)
+    tokens = sum(len(row.input_ids) for row in seen) * steps / per_epoch
     is_cpu = device == "cpu"
     passes = FULL_PASSES if recipe.adapter.kind == "full" else ADAPTER_PASSES
     seconds = tokens * shape.parameters * passes / (CPU_FLOPS if is_cpu else GPU_FLOPS)

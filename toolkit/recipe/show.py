@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from toolkit.recipe.model import Recipe
+from toolkit.recipe.space import without_password
 from toolkit.recipe.tree import RecipeDumper
 
 
@@ -17,6 +18,14 @@ def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML with every key written out; reading it again gives an equal recipe."""
     values = _plain(recipe.model_dump(mode="python"))
     return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=118)
+
+
+def without_secrets(recipe: Recipe) -> Recipe:
+    """The recipe as it may be shown and written down: with *** for the password of a search's storage."""
+    search = recipe.search
+    if search is None or search.storage is None:
+        return recipe
+    return recipe.model_copy(update={"search": search.model_copy(update={"storage": without_password(search.storage)})})
 
 
 def _plain(value: Any) -> Any:

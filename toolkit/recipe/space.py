@@ -4,6 +4,7 @@ A space maps a recipe's keys to a range or a list of choices; its key `adapter` 
 their own. What a space may say is checked in sense_space.py, once the recipe around it is known.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -107,10 +108,11 @@ def without_password(url: str) -> str:
     """The address of a storage as it may be shown: with *** for its password."""
     try:
         parts = urlsplit(url)
-        if parts.password is None:
-            return url
-        user, _, host = parts.netloc.rpartition("@")
-        return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))
+        shown = parts._replace(query=re.sub(r"(^|&)(password=)[^&]*", r"\1\2***", parts.query))
+        if parts.password is not None:
+            user, _, host = parts.netloc.rpartition("@")
+            shown = shown._replace(netloc=f"{user.partition(':')[0]}:***@{host}")
+        return url if shown == parts else urlunsplit(shown)
     except ValueError:
         return f"{url.partition('://')[0]}://***"
 

@@ -1,5 +1,7 @@
 """Trials that no stack holds (DoRA, PiSSA, full, PEFT's other kinds): through fit/one, one after another."""
 
+import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,16 @@ from toolkit.adapters.kinds import kind_of
 from toolkit.bases.load import LoadedBase, load_base
 from toolkit.bundle import Run
 from toolkit.disk import make_folder, remove
-from toolkit.errors import MaltuError
+from toolkit.errors import TrainingError
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.display import Display
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.one import Job, fit_one
-from toolkit.fit.prepare import training_rows
+from toolkit.fit.plan import count_steps, evaluation_steps
+from toolkit.fit.prepare import training_rows, weight_dtype
 from toolkit.recipe.model import Base, Recipe
 from toolkit.search import ledger
-from toolkit.search.crew import Crew, Ground
+from toolkit.search.crew import REFUSALS, Crew, Ground, facts_of
 from toolkit.search.study import Asked
 from toolkit.track import open_track
 
@@ -29,15 +32,20 @@ class Pruned(Exception):
 
 
 class _Silent(Display):
-    """The table of the search speaks; a step is a sign of life."""
+    """The table of the search speaks; a step is a sign of life, and asks whether to go on."""
 
     def __init__(self, crew: Crew, total: int) -> None:
         super().__init__(Console(quiet=True), total, is_quiet=True)
-        self._crew = crew
+        self._crew, self._is_told = crew, False
+        self.n_tokens = 0
 
     def step(self, step: int, loss: float, n_tokens: int) -> None:
         """One optimizer step is done."""
+        self.n_tokens = n_tokens
         self._crew.show()
+        if self._crew.wants_stop() and not self._is_told:
+            self._is_told = True
+            signal.raise_signal(signal.SIGTERM)  # the wish that whoever trains listens to
 
     def say(self, text: str) -> None:
         """A line between."""
@@ -49,59 +57,96 @@ def fit_alone(crew: Crew, asked: Asked) -> bool:
 
     It goes on from the checkpoint of an earlier attempt. Cost: as fit_one, and loading the base once more.
     """
-    ground, recipe, study = crew.ground, asked.recipe, crew.study
     run = Run(_place(crew, asked))
+    try:
+        is_told = _fit(crew, asked, run)
+    except (*REFUSALS, TrainingError) as failed:
+        crew.study.fail(asked.number, str(failed), {"kind": asked.recipe.adapter.kind})
+        is_told = True
+    if is_told:
+        remove(run.path)
+    return is_told
+
+
+def _fit(crew: Crew, asked: Asked, run: Run) -> bool:
+    ground, recipe = crew.ground, asked.recipe
     kind = kind_of(recipe.adapter)
+    plan = ground.plan(recipe)
     base = _fresh_base(ground, recipe)
-    model = kind.attach(
-        base.model,
-        recipe.adapter,
-        seed=recipe.train.seed,
-        token_ids=ground.token_ids(recipe),
-        tokenizer=base.tokenizer,
-    )
+    learned = training_rows(recipe, base, ground.rows.of(recipe))
+    ids = ground.token_ids(recipe)
+    model = kind.attach(base.model, recipe.adapter, seed=recipe.train.seed, token_ids=ids, tokenizer=base.tokenizer)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    losses: list[float] = []
-
-    def evaluate(model: nn.Module) -> float:
-        loss = held_out_loss(model, base.tokenizer, ground.rows.of(ground.recipe).valid).loss
-        losses.append(loss)
-        study.report(asked.number, len(losses) + n_before, loss)
-        crew.show()
-        if study.should_prune(asked.number):
-            raise Pruned
-        return loss
-
-    n_before = 0
-    for number, loss in asked.values.items() if run.last_checkpoint() else ():
-        study.report(asked.number, number, loss)
-        n_before = number
+    n_steps = count_steps(len(learned), recipe)[1]
+    looks = _Looks(crew, asked, base, _look_steps(recipe, len(learned)), run)
     job = Job(
         recipe=recipe,
-        plan=ground.plan(recipe),
+        plan=plan,
         model=model,
         tokenizer=base.tokenizer,
-        rows=training_rows(recipe, base, ground.rows.of(recipe)),
-        evaluate=evaluate,
+        rows=learned,
+        evaluate=looks.evaluate,
         run=run,
         track=open_track(run.path, (), {}, 0, crew.table.say),
     )
+    silent = _Silent(crew, n_steps)
     started = time.monotonic()
     try:
-        fitted = fit_one(job, lambda total: _Silent(crew, total))
+        fitted = fit_one(job, lambda _: silent)
     except Pruned:
-        fitted = Fitted("pruned", _steps(run), None, min(losses), time.monotonic() - started, 0)
-    except MaltuError as failed:
-        study.fail(asked.number, str(failed), {"kind": kind.name})
-        return True
+        fitted = looks.pruned(time.monotonic() - started, silent.n_tokens)
     finally:
         job.track.close()
     if fitted.stopped == "asked":
         return False
     model.eval()
-    crew.ended(asked, fitted, size, lambda folder: _save(folder, kind, model, base))
-    remove(run.path)
+    facts = facts_of(asked, fitted, n_steps, size)
+    crew.ended(asked, fitted, facts, lambda folder: _save(folder, kind, model, base))
     return True
+
+
+def _look_steps(recipe: Recipe, n_rows: int) -> tuple[int, ...]:
+    per_epoch, total = count_steps(n_rows, recipe)
+    return evaluation_steps(per_epoch, total, recipe.train.evaluate_every)
+
+
+class _Looks:
+    """The evaluations of one trial, told to the study as they come, those before its last checkpoint among them."""
+
+    def __init__(self, crew: Crew, asked: Asked, base: LoadedBase, steps: tuple[int, ...], run: Run) -> None:
+        self._crew, self._asked, self._base, self._steps = crew, asked, base, steps
+        self._losses: list[float] = []
+        last = run.last_checkpoint()
+        if last is None:
+            return
+        step = int(last.name.removeprefix("step-"))
+        for number in range(1, sum(look <= step for look in steps) + 1):
+            if number not in asked.values:
+                break
+            self._tell(asked.values[number])
+
+    def _tell(self, loss: float) -> None:
+        self._losses.append(loss)
+        self._crew.study.report(self._asked.number, len(self._losses), loss)
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The held-out loss. Raises Pruned where the study does not want the trial to go on."""
+        ground, number = self._crew.ground, self._asked.number
+        loss = held_out_loss(model, self._base.tokenizer, ground.rows.of(ground.recipe).valid).loss
+        if not math.isfinite(loss):
+            return loss  # which ends the trial
+        self._tell(loss)
+        self._crew.show()
+        is_last = len(self._losses) >= len(self._steps)  # it has cost what it costs
+        if not is_last and self._crew.study.should_prune(number):
+            raise Pruned
+        return loss
+
+    def pruned(self, seconds: float, n_tokens: int) -> Fitted:
+        """How the trial stood when it was ended."""
+        best = min(self._losses)
+        steps = self._steps[len(self._losses) - 1]
+        return Fitted("pruned", steps, self._steps[self._losses.index(best)], best, seconds, n_tokens)
 
 
 def _place(crew: Crew, asked: Asked) -> Path:
@@ -121,14 +166,8 @@ def _place(crew: Crew, asked: Asked) -> Path:
 
 def _fresh_base(ground: Ground, recipe: Recipe) -> LoadedBase:
     assert isinstance(recipe.base, Base)  # a search over a base from scratch is refused when the recipe is read
-    return load_base(recipe.base, str(ground.base.device), ground.base.dtype)
-
-
-def _steps(run: Run) -> int:
-    """The step of the last line that the trial wrote down."""
-    from toolkit.track import read_metrics
-
-    return int(max((line.get("step", 0) for line in read_metrics(run.path)), default=0))
+    device = str(ground.base.device)
+    return load_base(recipe.base, device, weight_dtype(recipe, device))
 
 
 def _save(folder: Path, kind: Any, model: nn.Module, base: LoadedBase) -> None:

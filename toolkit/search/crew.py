@@ -1,6 +1,7 @@
 """The trials of a search as members of a stack: asked of the study, told to it, their adapters kept."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from toolkit import disk
 from toolkit.bases.load import LoadedBase
-from toolkit.errors import AdapterError, MaltuError
+from toolkit.errors import AdapterError, DataError, RecipeError
 from toolkit.fit.cached import CachedRows
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Look, find_saved
@@ -25,6 +26,7 @@ from toolkit.stack.adapter import KINDS, Adapter, new_adapter, write_adapter
 
 SHOW_S = 0.5
 FITTED_FILE = "fitted.json"
+REFUSALS = (AdapterError, DataError, RecipeError)  # a trial whose values do not do; anything else ends the search
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,20 @@ class Ground:
 
 def holds(recipe: Recipe) -> bool:
     """Whether a stack can train this recipe's adapter beside others."""
+    is_plain = recipe.adapter.kind in KINDS and not _extras(recipe)
+    return is_plain and recipe.train.activation_checkpointing is not True
+
+
+def name_of(recipe: Recipe) -> str:
+    """A kind of adapter, with what sets it apart from those of its kind that a stack holds."""
+    return " with ".join([recipe.adapter.kind, *_extras(recipe)])
+
+
+def _extras(recipe: Recipe) -> list[str]:
     adapter = recipe.adapter
-    if isinstance(adapter, Lora) and (adapter.dora or adapter.init == "pissa"):
-        return False
-    if isinstance(adapter, Prefix) and adapter.projection:
-        return False
-    return adapter.kind in KINDS and recipe.train.activation_checkpointing is not True
+    if isinstance(adapter, Lora):
+        return ["DoRA"] * adapter.dora + ["PiSSA"] * (adapter.init == "pissa")
+    return ["projection"] * (isinstance(adapter, Prefix) and adapter.projection)
 
 
 class Crew:
@@ -74,6 +84,7 @@ class Crew:
         self.wants_stop = wants_stop
         self.alone: Asked | None = None
         self._asked: dict[str, Asked] = {}
+        self._n_steps: dict[str, int] = {}
         self._learners: Sequence[Learner] = ()
         self._shown_at = 0.0
 
@@ -90,7 +101,7 @@ class Crew:
                 return None
             try:
                 return self._member(asked)
-            except (AdapterError, MaltuError) as refused:
+            except REFUSALS as refused:
                 self.study.fail(asked.number, str(refused), {"kind": asked.recipe.adapter.kind})
         return None
 
@@ -102,31 +113,38 @@ class Crew:
 
     def left(self, name: str, fitted: Fitted, adapter: Adapter) -> None:
         """Keep the adapter where it is the best so far, then tell what the trial came to."""
-        asked = self._asked.pop(name)
+        asked, n_steps = self._asked.pop(name), self._n_steps.pop(name)
 
         def fill(folder: Path) -> None:
             base = self.ground.base
             write_adapter(adapter, folder, base.model, base=base.source, base_hash=base.hash)
 
         size = sum(tensor.numel() for tensor in adapter.tensors.values())
-        self.ended(asked, fitted, size, lambda target: _in_fresh_folder(target / "adapter", fill))
+        facts = facts_of(asked, fitted, n_steps, size)
+        self.ended(asked, fitted, facts, lambda target: _in_fresh_folder(target / "adapter", fill))
 
     def failed(self, name: str, fitted: Fitted, reason: str) -> None:
         """Tell why it came to nothing."""
-        asked = self._asked.pop(name)
-        self.study.fail(asked.number, reason, self.facts(asked, fitted, 0))
+        asked, n_steps = self._asked.pop(name), self._n_steps.pop(name)
+        self.study.fail(asked.number, reason, facts_of(asked, fitted, n_steps, 0))
+
+    def alive(self) -> None:
+        """A sign of life, in passes that take long."""
+        self.study.beat()
 
     def stepped(self, learners: Sequence[Learner], losses: Mapping[str, float]) -> bool:
         """Show how it goes and say that this process lives; whether somebody wants it to stop."""
         self._learners = learners
+        if self.wants_stop():  # first: a study that cannot be reached is waited for
+            return True
         self.show()
-        return self.wants_stop()
+        return False
 
     # What the search does beside
 
-    def show(self) -> None:
-        """The table, twice a second at most, and a sign of life."""
-        if time.monotonic() - self._shown_at < SHOW_S:
+    def show(self, *, is_last: bool = False) -> None:
+        """The table, twice a second at most, and a sign of life. `is_last`: at once, since nothing follows."""
+        if time.monotonic() - self._shown_at < SHOW_S and not is_last:
             return
         self._shown_at = time.monotonic()
         self.study.beat()
@@ -142,15 +160,14 @@ class Crew:
         done = learner.progress.step / learner.total if learner else min(1.0, len(losses) / n_looks)
         return Running(trial.number, trial.params, losses, done, n_looks)
 
-    def ended(self, asked: Asked, fitted: Fitted, n_parameters: int, save: Callable[[Path], None]) -> None:
+    def ended(self, asked: Asked, fitted: Fitted, facts: dict[str, Any], save: Callable[[Path], None]) -> None:
         """A trial is over, pruned or trained to the end; `save` writes its adapter into a folder."""
-        facts = self.facts(asked, fitted, n_parameters)
         if fitted.stopped == "pruned":
             self.study.prune(asked.number, facts)
             return
         loss = float("nan") if fitted.best_loss is None else fitted.best_loss
         best = self.study.best()
-        if best is None or best.value is None or loss < best.value:
+        if math.isfinite(loss) and (best is None or (loss, asked.number) < (best.value, best.number)):
             kept = self.ground.kept(asked.number)
             disk.make_folder(kept.parent)
 
@@ -162,25 +179,14 @@ class Crew:
         self.study.finish(asked.number, loss, facts)
         self._drop_beaten()
 
-    def facts(self, asked: Asked, fitted: Fitted, n_parameters: int) -> dict[str, Any]:
-        """What is told of a trial beside its loss."""
-        learned = training_rows(asked.recipe, self.ground.base, self.ground.rows.of(asked.recipe))
-        return {
-            "kind": asked.recipe.adapter.kind,
-            "steps": fitted.steps,
-            "steps_planned": count_steps(len(learned), asked.recipe)[1],
-            "seconds": round(fitted.seconds, 3),
-            "n_tokens": fitted.n_tokens,
-            "parameters": n_parameters,
-            "memory_mb": round(n_parameters * 4 * 4 / 2**20, 3),  # weights, gradient, two moments in float32
-            "best_step": fitted.best_step,
-        }
-
     def _drop_beaten(self) -> None:
-        """Of the adapters that lie here only the best one stays."""
-        best = self.study.best()
-        for folder in (self.ground.folder / "trials").glob("[0-9]*"):
-            if best is not None and folder.name.isdigit() and int(folder.name) != best.number:
+        """Of the adapters that lie here only the best one stays, and those that other workers are about to tell of."""
+        lying = [path for path in (self.ground.folder / "trials").glob("[0-9]*") if path.name.isdecimal()]
+        trials = self.study.trials()  # looked at once, and later than the folders
+        best = ledger.best(trials)
+        stay = {trial.number for trial in (*ledger.running(trials), *([best] if best else []))}
+        for folder in lying:
+            if int(folder.name) not in stay:
                 disk.remove(folder)
 
     def _member(self, asked: Asked) -> Member:
@@ -199,7 +205,7 @@ class Crew:
             self.study.report(asked.number, number, loss)
         held = [(row.input_ids, row.labels) for row in ground.rows.of(ground.recipe).valid]
         learned = training_rows(recipe, ground.base, rows)
-        self._asked[name] = asked
+        self._asked[name], self._n_steps[name] = asked, count_steps(len(learned), recipe)[1]
         return Member(name, recipe, ground.plan(recipe), learned, held, adapter, saved)
 
     def _saved(self, asked: Asked) -> Path | None:
@@ -217,6 +223,20 @@ class Crew:
                     return target
             number = ledger.again_of(by_number[number]) if number in by_number else None
         return None
+
+
+def facts_of(asked: Asked, fitted: Fitted, n_steps: int, n_parameters: int) -> dict[str, Any]:
+    """What is told of a trial beside its loss. n_steps: how many it would have taken to its end."""
+    return {
+        "kind": asked.recipe.adapter.kind,
+        "steps": fitted.steps,
+        "steps_planned": n_steps,
+        "seconds": round(fitted.seconds, 3),
+        "n_tokens": fitted.n_tokens,
+        "parameters": n_parameters,
+        "memory_mb": round(n_parameters * 4 * 4 / 2**20, 3),  # weights, gradient, two moments in float32
+        "best_step": fitted.best_step,
+    }
 
 
 def _losses(saved: Path | None) -> list[float]:

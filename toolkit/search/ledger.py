@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 LOST = "lost"  # the reason of a failure: its worker died; it is asked again under a new number
+LEFT = "left"  # likewise: its worker was asked to stop, so it is nobody's fault and does not count as an attempt
 TWICE = "twice"  # the reason of a failure: another trial has its place; it was never tried
 WORKER, AGAIN_OF, OWN, REASON = "worker", "again_of", "own", "reason"  # user attributes of a trial
 FIXED = "fixed_params"  # Optuna's system attribute of values that are given, not proposed
@@ -23,8 +24,8 @@ def is_void(trial: FrozenTrial) -> bool:
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether it ended with its worker's death."""
-    return trial.state == TrialState.FAIL and trial.user_attrs.get(REASON) == LOST
+    """Whether it ended with its worker, and is to be asked again."""
+    return trial.state == TrialState.FAIL and trial.user_attrs.get(REASON) in (LOST, LEFT)
 
 
 def again_of(trial: FrozenTrial) -> int | None:

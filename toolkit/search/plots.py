@@ -134,7 +134,7 @@ def _curves(trials: Sequence[FrozenTrial]) -> Plot:
     if not traces:
         return Plot("While the trials learned", "No trial reported a loss.", None)
     says = "Orange: the best trial. Blue: trained to the end. Grey: ended early, or failed."
-    return Plot("While the trials learned", says, _styled(go.Figure(data=traces), "optimizer step", LOSS))
+    return Plot("While the trials learned", says, _styled(go.Figure(data=traces), "evaluation", LOSS))
 
 
 def _curve(trial: FrozenTrial, points: Sequence[tuple[int, float]], color: str) -> go.Scatter:

@@ -15,6 +15,7 @@ from toolkit.disk import write_text
 from toolkit.recipe.model import Recipe
 from toolkit.recipe.search import dimensions, with_values
 from toolkit.recipe.show import to_yaml
+from toolkit.search import ledger
 from toolkit.search.facts import facts_of, values_of
 from toolkit.search.ledger import AGAIN_OF, REASON
 from toolkit.search.plots import Grid, draw, page
@@ -33,7 +34,8 @@ def write_results(study: optuna.study.Study, folder: Path, recipe: Recipe) -> di
 
     Each file is whole or as it was. Works with any trials, none at all too. Raises DiskError.
     """
-    trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    tried = (trial for trial in study.get_trials(deepcopy=False) if not ledger.is_void(trial))
+    trials = sorted(tried, key=lambda trial: trial.number)
     facts = facts_of(trials, recipe)
     plots = draw(trials, facts["importances"], facts["importances_note"])
     html = page(recipe.name, say_lead(facts), _grids(facts), plots)

@@ -22,12 +22,13 @@ from toolkit.fit.plan import Plan
 from toolkit.fit.prepare import place_here, shape_of, training_rows
 from toolkit.fit.stops import StopOnSignal
 from toolkit.search import ledger
-from toolkit.search.crew import FITTED_FILE, Crew, Ground
+from toolkit.search.crew import FITTED_FILE, Crew, Ground, holds, name_of
 from toolkit.search.results import write_results
 from toolkit.search.split import limits_of, trials_together
 from toolkit.search.study import Study
 from toolkit.search.table import SearchTable
 from toolkit.search.workers import Worker
+from toolkit.stack.adapter import new_adapter
 from toolkit.stack.stack import Stack
 
 WORKER = "MALTU_WORKER"  # how a process started by another one is told its index and whose child it is
@@ -51,10 +52,11 @@ class Found:
 
 
 def work(
-    ground: Ground, identity: Mapping[str, Any], n_threads: int, console: Console, *, is_quiet: bool
+    ground: Ground, identity: Mapping[str, Any], n_threads: int, console: Console, *, is_quiet: bool, leads: bool
 ) -> Found | None:
     """Take part in the recipe's search until it is over; None: asked to stop, and everything is saved.
 
+    `leads`: whether to write what it came to; who only joins leaves that to the one that does, and finds nothing.
     Raises: RunError for a study begun with something else, SearchError for one that cannot be reached, DiskError; the
     same command goes on.
     """
@@ -66,15 +68,17 @@ def work(
     plan = ground.plan(ground.recipe)
     resolved = {"train.learning_rate": plan.learning_rate, "train.max_length": plan.max_length}
     before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(min(n_threads, before))  # OMP_NUM_THREADS may allow fewer
     study = Study.open(ground.recipe, ground.folder, worker=worker, identity=identity, resolved=resolved, say=table.say)
     place = ground.checkpoints / f"worker-{worker.name}"
     try:
         with table, StopOnSignal(table.say) as stops:
             crew = Crew(ground, study, place, table, lambda: stops.is_asked or _is_orphan(parent))
-            if not _learn(crew, _setup(ground, plan), table.say):
+            is_over = _learn(crew, _setup(ground, plan), table.say)
+            if not is_over:
                 return None
-        return _found(ground, study)
+            crew.show(is_last=True)
+        return _found(ground, study) if leads else Found({}, None, None, {}, "")
     finally:
         study.leave()
         torch.set_num_threads(before)
@@ -90,8 +94,8 @@ def _learn(crew: Crew, setup: Setup, say: Callable[[str], None]) -> bool:
         if not fit_many(stack, crew, setup, crew.place):
             return False
         alone, crew.alone = crew.alone, None
-        if alone is not None:
-            kind = alone.recipe.adapter.kind
+        if alone is not None and not crew.wants_stop():
+            kind = name_of(alone.recipe)
             if kind not in told:
                 say(f"{kind}: no stack holds adapters of this kind, so its trials run one after another.")
                 told.add(kind)
@@ -114,12 +118,22 @@ def _setup(ground: Ground, plan: Plan) -> Setup:
     learned = training_rows(ground.recipe, ground.base, rows)
     longest = max(len(row.input_ids) for row in (*rows.train, *rows.valid))
     limits = limits_of(shape_of(ground.base.model, ground.base.context), place, plan, longest)
-    together = trials_together(ground.recipe, place, limits, learned)
+    together = trials_together(ground.recipe, place, limits, learned, _member_bytes(ground))
     return Setup(together, limits, ground.base.tokenizer.pad_token_id or 0, plan.precision)
 
 
+def _member_bytes(ground: Ground) -> int:
+    """What one that learns holds beside activations: weights, gradient, two moments, best tensors, in float32."""
+    recipe = ground.recipe
+    if not holds(recipe):
+        return 1
+    ids, tokenizer = ground.token_ids(recipe), ground.base.tokenizer
+    made = new_adapter(ground.base.model, recipe.adapter, seed=0, token_ids=ids, tokenizer=tokenizer)
+    return 5 * 4 * sum(tensor.numel() for tensor in made.tensors.values())
+
+
 def _found(ground: Ground, study: Study) -> Found:
-    facts = write_results(study.optuna, ground.folder, ground.recipe)
+    facts = study.reach(lambda: write_results(study.optuna, ground.folder, ground.recipe))
     best = study.best()
     if best is None:
         return Found(facts, None, None, {}, "")
@@ -181,6 +195,7 @@ def _start(command: Sequence[str], folder: Path, index: int, n_threads: int) -> 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            start_new_session=True,  # Ctrl-C is for the one that leads, which asks its helpers to stop
         )
 
 

@@ -1,7 +1,10 @@
 """How a search uses a machine: processes, trials side by side, threads. Rules that were measured: docs/log.md."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import psutil
 
 from toolkit.fit.batches import Limits, Row
 from toolkit.fit.plan import MEMORY_SHARE, Place, Plan, Shape, activation_bytes
@@ -11,6 +14,7 @@ CPU_TOKENS = 1024  # of one forward pass on a CPU: from there on memory traffic 
 JOIN_TOKENS = 512  # a step of so many tokens keeps a CPU busy by itself: trials side by side gain nothing
 GPU_TOKENS = 65_536
 MOST_TOGETHER = 16
+MEMBERS_SHARE = 0.1  # of free memory may go to weights, gradients, moments and best tensors of those that learn
 MAX_LOGITS = 2**26  # elements of [supervised tokens, vocabulary] in one block
 SMALL_BYTES = 400e6  # weights of a base up to which two processes of half the threads beat one with all of them
 PROCESS_BYTES = 1.2e9  # what a process takes beside its base: libraries, rows, activations
@@ -24,6 +28,12 @@ class Split:
 
     workers: int
     threads: int
+
+
+def count_cores() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
 def split_machine(recipe: Recipe, place: Place, n_cores: int, base_bytes: int) -> Split:
@@ -44,17 +54,20 @@ def limits_of(shape: Shape, place: Place, plan: Plan, longest: int) -> Limits:
     n_supervised = max(1, MAX_LOGITS // shape.vocab)
     if place.device == "cpu":
         return Limits(max(CPU_TOKENS, longest), n_supervised)
-    each = activation_bytes(shape, longest, plan) / longest
+    each = activation_bytes(shape, longest, replace(plan, activation_checkpointing=False)) / longest  # a stack has none
     fits = int(place.free_bytes * MEMORY_SHARE // each)
     return Limits(max(longest, min(GPU_TOKENS, fits)), n_supervised)
 
 
-def trials_together(recipe: Recipe, place: Place, limits: Limits, rows: Sequence[Row]) -> int:
-    """How many trials one process teaches at once, where the recipe leaves it open: as many as fill a forward pass."""
+def trials_together(recipe: Recipe, place: Place, limits: Limits, rows: Sequence[Row], member_bytes: int = 1) -> int:
+    """How many trials one process teaches at once, where the recipe leaves it open: as many as fill a forward pass and
+    find room, at `member_bytes` each, in a tenth of what is free.
+    """
     assert recipe.search is not None  # a search was asked for
     asked = recipe.search.side_by_side
     if isinstance(asked, int):
         return asked
     step = recipe.train.batch_size * sum(len(ids) for ids, _ in rows) / max(1, len(rows))
     wanted = JOIN_TOKENS if place.device == "cpu" else limits.n_tokens
-    return max(1, min(MOST_TOGETHER, recipe.search.trials, int(wanted // max(step, 1))))
+    fits = int(place.free_bytes * MEMBERS_SHARE // member_bytes)
+    return max(1, min(MOST_TOGETHER, recipe.search.trials, int(wanted // max(step, 1)), fits))

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -21,12 +21,13 @@ from toolkit.recipe.model import Recipe
 from toolkit.recipe.search import Search
 from toolkit.search import ledger
 from toolkit.search.identity import kept, refuse_changed, refuse_foreign
-from toolkit.search.ledger import AGAIN_OF, FIXED, LOST, MOST_ATTEMPTS, OWN, REASON, TWICE, WORKER
+from toolkit.search.ledger import AGAIN_OF, FIXED, LEFT, LOST, MOST_ATTEMPTS, OWN, REASON, TWICE, WORKER
 from toolkit.search.samplers import may_repeat, pruner, seen_by
 from toolkit.search.space import grid, own_values, suggest
 from toolkit.search.storage import Clock, Storage, open_storage
 from toolkit.search.workers import Watch, Worker
 
+T = TypeVar("T")
 LOOK_S = 5.0  # between two looks for trials of dead workers
 BEAT_S = 15.0  # between two signs of life
 IDENTITY, OF_WORKER = "identity", "worker:"  # user attributes of the study
@@ -90,7 +91,10 @@ class Study:
         search: Search | None = recipe.search
         storage = open_storage(search.storage if search is not None else None, folder, say, clock)
         try:
-            study = cls(recipe, storage, worker, own_values(recipe, resolved))
+            own = own_values(recipe, resolved)
+            if own is None:
+                say("The recipe's own values lie outside its space, so no trial tries them.")
+            study = cls(recipe, storage, worker, own)
             storage.reach(lambda: study._agree(kept(identity)))
             storage.reach(study._beat)
         except BaseException:
@@ -296,18 +300,22 @@ class Study:
         trials = self._all()
         for stray in self._strays(trials):
             self._mark(stray.number, TWICE)
-        dead = self._watch.dead(self._workers())
+        workers = self._workers()
+        dead = self._watch.dead(workers)
         for trial in ledger.running(trials):
             owner = trial.user_attrs[WORKER]
             if owner not in dead:
                 continue
+            has_left = any(of.get("left") for of in workers.values() if of.get("name") == owner)
+            deaths = [one for one in ledger.chain(trial, trials) if one.user_attrs.get(REASON) != LEFT]
             if not ledger.stands(trial, trials, self.budget):
                 self._mark(trial.number, TWICE)
-            elif len(ledger.chain(trial, trials)) >= MOST_ATTEMPTS:
+            elif not has_left and len(deaths) >= MOST_ATTEMPTS:
                 self._mark(trial.number, f"its process died {MOST_ATTEMPTS} times")
-            elif self._mark(trial.number, LOST):
+            elif self._mark(trial.number, LEFT if has_left else LOST):
                 self._lost.append(trial.number)
-                self._storage.say(f"Trial {trial.number} was lost with its process ({owner}) and is tried again.")
+                told = "was under way when its process stopped" if has_left else f"was lost with its process ({owner})"
+                self._storage.say(f"Trial {trial.number} {told}; it goes on under a new number.")
 
     def _strays(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Trials that were made for this worker and never given out, because something failed in between."""
@@ -361,6 +369,10 @@ class Study:
             return bool(owners - dead - {self.worker.name})
 
         return self._storage.reach(look)
+
+    def reach(self, call: Callable[[], T]) -> T:
+        """Something else that is read from the study, with the same patience. Raises SearchError."""
+        return self._storage.reach(call)
 
     def leave(self) -> None:
         """Tell that this worker goes, so that nobody waits for it: what it did not end is asked again elsewhere."""

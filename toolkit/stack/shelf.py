@@ -74,10 +74,14 @@ class Shelf(ABC):
         """Take an adapter in. It was checked."""
         place = next(place for place in range(1, len(self.places) + 2) if place not in self._names)
         layout = self.layout(adapter)
-        for name, key in layout.items():
-            if key not in self.tables:
-                self.tables[key] = self.make_table(key)
-            self.tables[key].put(place, adapter.tensors[name], learns=learns)
+        try:
+            for name, key in layout.items():
+                if key not in self.tables:
+                    self.tables[key] = self.make_table(key)
+                self.tables[key].put(place, adapter.tensors[name], learns=learns)
+        except BaseException:  # memory: nothing half put in stays
+            self._empty(place, layout)
+            raise
         self._names[place], self._configs[place], self.places[slot] = layout, adapter.config, place
         for table in self.tables.values():
             table.have_places(max(self._names) + 1)
@@ -89,14 +93,17 @@ class Shelf(ABC):
     def take(self, slot: int) -> None:
         """Let an adapter go; its place is zeros again and free."""
         place = self.places.pop(slot)
-        for key in self._names.pop(place).values():
+        self._empty(place, self._names.pop(place))
+        del self._configs[place], self._types[place]
+        self._learning.discard(place)
+
+    def _empty(self, place: int, layout: Mapping[str, str]) -> None:
+        for key in set(layout.values()) & self.tables.keys():
             table = self.tables[key]
             table.clear(place)
             if table.is_empty:
                 self.drop_table(key)
                 del self.tables[key]
-        del self._configs[place], self._types[place]
-        self._learning.discard(place)
 
     def adapter(self, slot: int) -> Adapter:
         """An adapter as it would be saved now; one that does not learn in the precision it came in."""
