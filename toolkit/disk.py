@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from toolkit.errors import DiskError
@@ -123,15 +124,7 @@ def sweep(folder: Path) -> None:
 def _is_at_work(path: Path) -> bool:
     """Whether the process that its name tells lives: several work in one folder while a search runs."""
     number = path.name.rsplit(".", 2)[-2]
-    if not number.isdecimal() or int(number) == os.getpid():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
+    return number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number))
 
 
 def remove(path: Path) -> None:

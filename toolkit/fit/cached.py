@@ -19,11 +19,13 @@ from toolkit.bases.load import LoadedBase
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Rendered
 from toolkit.errors import RunError
+from toolkit.fit.inputs import version_of
 from toolkit.fit.plan import max_length
 from toolkit.fit.prepare import PARTS, Rows, make_renderer, render_rows
 from toolkit.recipe.model import Recipe
 
 VERSION = 1
+MOST_HELD = 3  # lengths beside the recipe's own, where trials try several
 
 
 class CachedRows:
@@ -46,14 +48,18 @@ class CachedRows:
 
         Raises: DataError where the talk does not do; RecipeError for a length that the base does not hold.
         """
-        length = max_length(recipe, self._base.context)
+        length, own = max_length(recipe, self._base.context), max_length(self._recipe, self._base.context)
         if length not in self._held:
-            self._held[length] = self._read(length) or self._make(recipe, length)
+            is_own = length == own
+            made = (self._read(length) if is_own else None) or self._make(recipe, length, is_kept=is_own)
+            for old in [one for one in self._held if one != own][: 1 - MOST_HELD]:
+                del self._held[old]
+            self._held[length] = made
         return self._held[length]
 
-    def _make(self, recipe: Recipe, length: int) -> Rows:
+    def _make(self, recipe: Recipe, length: int, *, is_kept: bool) -> Rows:
         rows = render_rows(recipe, make_renderer(recipe, self._base), self.corpus)
-        file = self._file(length)
+        file = self._file(length) if is_kept else None
         if file is not None:
             with contextlib.suppress(RunError):  # a cache that cannot be written costs time, never the run
                 disk.make_folder(file.parent)
@@ -77,7 +83,18 @@ class CachedRows:
         recipe, base = self._recipe, self._base
         told = recipe.data.model_dump(mode="json")
         told["train"] = list(recipe.data.train_files)  # weights are applied later
-        parts: list[Any] = [VERSION, recipe.task, told, self._data, recipe.train.seed, base.hash, base.template, length]
+        parts: list[Any] = [
+            VERSION,
+            version_of("maltu"),
+            version_of("transformers"),
+            recipe.task,
+            told,
+            self._data,
+            recipe.train.seed,
+            base.hash,
+            base.template,
+            length,
+        ]
         key = disk.hash_text(json.dumps(parts, sort_keys=True, ensure_ascii=False))
         return disk.cache_folder() / "rows" / f"{key}.safetensors"
 

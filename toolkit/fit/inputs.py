@@ -79,11 +79,12 @@ def surroundings() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": {name: _version(name) for name in TESTED},
+        "versions": {name: version_of(name) for name in TESTED},
     }
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed package; unknown for one that is run from a folder."""
     try:
         return version(name)
     except Exception:  # not installed as a package: run from a folder

@@ -148,10 +148,13 @@ class Crew:
             return
         self._shown_at = time.monotonic()
         self.study.beat()
-        trials = self.study.trials()
+        seen = self.study.glance()
+        if seen is None:
+            return
+        trials, seconds_left = seen
         here = {self._asked[one.name].number: one for one in self._learners if one.name in self._asked}
         running = [self._running(trial, here.get(trial.number)) for trial in ledger.running(trials)]
-        self.table.show(running, trials, self.study.seconds_left())
+        self.table.show(running, trials, seconds_left)
 
     def _running(self, trial: Any, learner: Learner | None) -> Running:
         losses = [loss for _, loss in sorted(trial.intermediate_values.items())]

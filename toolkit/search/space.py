@@ -1,6 +1,8 @@
 """What a trial tries: the recipe's dimensions as Optuna's parameters, the recipe's own values, the points of a grid."""
 
+import itertools
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,3 +96,11 @@ def _points(dimension: Dimension) -> list[Any]:
 def _point(values: Range, i: int) -> float:
     """The i-th value of a range with steps, free of the rounding of its sum: 0.3, not 0.30000000000000004."""
     return min(float(f"{values.low + i * float(values.step or 0):.12g}"), float(values.high))
+
+
+def walk(recipe: Recipe) -> list[dict[str, Any]]:
+    """The points of the recipe's grid in an order that its seed shuffled: the first trials see all of the space."""
+    by_name = grid(recipe)
+    points = [dict(zip(by_name, values, strict=True)) for values in itertools.product(*by_name.values())]
+    random.Random(recipe.train.seed).shuffle(points)
+    return points

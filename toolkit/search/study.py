@@ -4,9 +4,7 @@ Any number of processes may hold the same study open, on one machine or many. No
 follows from the trials alone (ledger.py), so a worker may be killed at any moment without loss.
 """
 
-import itertools
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from toolkit.search import ledger
 from toolkit.search.identity import kept, refuse_changed, refuse_foreign
 from toolkit.search.ledger import AGAIN_OF, FIXED, LEFT, LOST, MOST_ATTEMPTS, OWN, REASON, TWICE, WORKER
 from toolkit.search.samplers import may_repeat, pruner, seen_by
-from toolkit.search.space import grid, own_values, suggest
+from toolkit.search.space import own_values, suggest, walk
 from toolkit.search.storage import Clock, Storage, open_storage
 from toolkit.search.workers import Watch, Worker
 
@@ -58,7 +56,7 @@ class Study:
             raise ValueError("a study needs a recipe with a search section")
         self.worker, self._recipe, self._search, self._own = worker, recipe, search, own
         self._storage, self._kept, self._clock = storage, storage.optuna, storage.clock
-        self._grid = _walk(recipe) if search.sampler == "grid" else []
+        self._grid = walk(recipe) if search.sampler == "grid" else []
         self.budget = min(search.trials, len(self._grid)) if self._grid else search.trials
         self._watch = Watch(worker, self._clock.now)
         self._handed: set[int] = set()  # numbers that `ask` gave out
@@ -345,16 +343,22 @@ class Study:
 
     def seconds_left(self) -> float | None:
         """What is left of the search's minutes, in which at least one worker was there; None without a limit."""
+        return self._storage.reach(self._left)
+
+    def _left(self) -> float | None:
         if self._search.minutes is None:
             return None
-        told = self._storage.reach(self._workers)
+        told = self._workers()
         spans = [(facts["opened"], facts["at"]) for name, facts in told.items() if name != self.worker.name]
-        used = ledger.time_used_s([*spans, (self._opened, self._clock.wall())])
-        return 60 * self._search.minutes - used
+        return 60 * self._search.minutes - ledger.time_used_s([*spans, (self._opened, self._clock.wall())])
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial that was tried, by number: without those that another worker was quicker to take."""
-        return [trial for trial in self._storage.reach(self._all) if not ledger.is_void(trial)]
+        return _tried(self._storage.reach(self._all))
+
+    def glance(self) -> tuple[list[FrozenTrial], float | None] | None:
+        """The trials and what is left of the minutes, for one who looks on; None where the storage is away."""
+        return self._storage.reach_now(lambda: (_tried(self._all()), self._left()), None)
 
     def best(self) -> FrozenTrial | None:
         """The trial that was trained to the end with the lowest loss, or None."""
@@ -390,9 +394,5 @@ class Study:
         return self._kept.get_trial_id_from_study_id_trial_number(self._id, number)
 
 
-def _walk(recipe: Recipe) -> list[dict[str, Any]]:
-    """The points of the recipe's grid in an order that its seed shuffled: the first trials see all of the space."""
-    by_name = grid(recipe)
-    points = [dict(zip(by_name, values, strict=True)) for values in itertools.product(*by_name.values())]
-    random.Random(recipe.train.seed).shuffle(points)
-    return points
+def _tried(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if not ledger.is_void(trial)]
