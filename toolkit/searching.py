@@ -36,7 +36,7 @@ from toolkit.recipe.show import to_yaml, without_secrets
 from toolkit.recipe.space import without_password
 from toolkit.search.crew import Ground
 from toolkit.search.identity import kept
-from toolkit.search.run import Found, Others, is_helper, work
+from toolkit.search.run import Found, Others, is_at_work, is_helper, work
 from toolkit.search.split import Split, count_cores, split_machine
 from toolkit.search.words import search_markdown
 from toolkit.steps import (
@@ -106,9 +106,8 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         if found is None:
             console.print("Stopped. The same command goes on where it stopped.")
             return INTERRUPTED
-        if others is not None:
-            for said in others.wait():
-                console.print(said, highlight=False, markup=False)
+        for said in others.stop() if others is not None else ():  # the study is over
+            console.print(said, highlight=False, markup=False)
         return _result(recipe, folder, ground, found, console)
     finally:
         if others is not None:
@@ -118,7 +117,11 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
 
 
 def _refuse_fresh(recipe: Recipe, folder: Run) -> None:
-    """A study in a database stays when the run folder is moved, and the new run would find it over."""
+    """A study in a database stays when the run folder is moved, and the new run would find it over; and whoever still
+    works on the old study would write into the new one.
+    """
+    if is_at_work(folder.path / "search"):
+        raise RunError(f"{folder.path}: other workers are still at it. Stop them first, or name=… another run.")
     storage = recipe.search.storage if recipe.search is not None else None
     if storage is not None:
         raise RunError(
@@ -147,7 +150,9 @@ def _join(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
     if found is None:
         console.print("Stopped. The other workers go on; the same command joins again.")
         return INTERRUPTED
-    if is_helper() or not folder.is_free() or _status(folder) != "training":
+    while not is_helper() and not _is_budget_of(folder, inputs) and not folder.is_free():
+        time.sleep(LOOK_S)  # whoever leads had fewer trials: the result of all of them is written here
+    if is_helper() or not folder.is_free() or (_status(folder) != "training" and _is_budget_of(folder, inputs)):
         console.print(f"{folder.path}: every trial has ended; the process that leads writes the result.")
         return 0
     return None
@@ -158,10 +163,14 @@ def _is_finished(recipe: Recipe, folder: Run, inputs: dict[str, Any]) -> bool:
     facts = facts_of_begun(folder, inputs)
     if facts is None:
         return False
-    begun = facts["inputs"]
-    refuse_changed(folder, kept(begun), kept(inputs))
-    budget = [{key: of["recipe"].get(f"search.{key}") for key in BUDGET} for of in (begun, inputs)]
-    return bool(facts["status"] == "finished") and budget[0] == budget[1]
+    refuse_changed(folder, kept(facts["inputs"]), kept(inputs))
+    return bool(facts["status"] == "finished") and _is_budget_of(folder, inputs)
+
+
+def _is_budget_of(folder: Run, inputs: dict[str, Any]) -> bool:
+    """Whether the run was last taken up with this budget."""
+    begun = folder.facts()["inputs"]
+    return all(begun["recipe"].get(f"search.{key}") == inputs["recipe"].get(f"search.{key}") for key in BUDGET)
 
 
 def _is_same(folder: Run, inputs: dict[str, Any]) -> bool:
@@ -245,9 +254,9 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
         )
     rows, corpus = ground.rows.of(recipe), ground.rows.corpus
     judge = make_judge(recipe, ground.base, make_renderer(recipe, ground.base), corpus, rows)
+    target = _take_over(folder, found)  # before anything that takes long: a worker that joins may find a better one
     before = judge.measure_base()
-    model = _take_over(folder, ground, found)
-    after = judge.measure(model)
+    after = judge.measure(_worn(target, ground))
     samples = judge.samples_markdown(before, after)
     disk.write_text(folder.path / "samples.md", samples)
     _track(recipe, folder, found, judge.numbers(after), samples, console.print)
@@ -265,8 +274,8 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
     return 0
 
 
-def _take_over(folder: Run, ground: Ground, found: Found) -> nn.Module:
-    """The best trial's adapter as the run's, and the model that wears it."""
+def _take_over(folder: Run, found: Found) -> Path:
+    """The best trial's adapter, or whole model, becomes the run's; where it lies now."""
     assert found.folder is not None  # looked at before
     whole = found.folder / WHOLE_MODEL
     source = whole if whole.is_dir() else found.folder / "adapter"
@@ -274,7 +283,12 @@ def _take_over(folder: Run, ground: Ground, found: Found) -> nn.Module:
     disk.make_folder(target.parent)
     disk.write_folder(target, lambda path: _copy(source, path))
     disk.remove(folder.adapter() if whole.is_dir() else folder.path / WHOLE_MODEL)  # of an earlier, shorter search
-    if whole.is_dir():
+    return target
+
+
+def _worn(target: Path, ground: Ground) -> nn.Module:
+    """The base with the adapter that lies there, or the whole model."""
+    if target.name == WHOLE_MODEL:
         model: nn.Module = load_base(Base(model=str(target)), str(ground.base.device), ground.base.dtype).model
         return model
     return kind_in_folder(target).load(ground.base.model, target, base_hash=ground.base.hash)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
@@ -186,6 +186,16 @@ class Learner:
                     state[moment].copy_(tensors[f"{moment}.{name}"])
                 if progress.best_step is not None:
                     self._best[name].copy_(tensors[f"best.{name}"])
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether a saved learner can be read; its numbers are looked at when it goes on."""
+    try:
+        Progress(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        with safe_open(folder / TENSORS_FILE, framework="pt") as opened:
+            return len(list(opened.keys())) > 0
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
 
 
 def _optimizer(

@@ -15,7 +15,7 @@ from toolkit.errors import AdapterError, DataError, RecipeError
 from toolkit.fit.cached import CachedRows
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Look, find_saved
-from toolkit.fit.member import STATE_FILE, Learner, Member
+from toolkit.fit.member import STATE_FILE, Learner, Member, is_sound
 from toolkit.fit.plan import Plan, count_steps, make_plan
 from toolkit.fit.prepare import place_here, shape_of, training_rows
 from toolkit.recipe.model import Lora, Prefix, Recipe
@@ -48,8 +48,10 @@ class Ground:
         """Where a trial's adapter lies once it is the best."""
         return self.folder / "trials" / str(number)
 
-    def token_ids(self, recipe: Recipe) -> list[int]:
-        """The ids of the training talk: what an embedding adapter learns."""
+    def token_ids(self, recipe: Recipe) -> list[int] | None:
+        """The ids of the training talk: what an embedding adapter learns, and nobody else asks for."""
+        if recipe.adapter.kind != "embedding":
+            return None
         return sorted({i for row in self.rows.of(recipe).train for i in row.input_ids})
 
 
@@ -83,6 +85,7 @@ class Crew:
         self.ground, self.study, self.place, self.table = ground, study, place, table
         self.wants_stop = wants_stop
         self.alone: Asked | None = None
+        self.is_stackless = False  # the base is one that no stack takes
         self._asked: dict[str, Asked] = {}
         self._n_steps: dict[str, int] = {}
         self._learners: Sequence[Learner] = ()
@@ -92,11 +95,11 @@ class Crew:
 
     def next(self) -> Member | None:
         """The next trial that a stack holds; None also where one waits that it does not."""
-        while self.alone is None:
+        while self.alone is None and not self.wants_stop():
             asked = self.study.ask()
             if asked is None:
                 return None
-            if not holds(asked.recipe):
+            if self.is_stackless or not holds(asked.recipe):
                 self.alone = asked
                 return None
             try:
@@ -212,13 +215,15 @@ class Crew:
         return Member(name, recipe, ground.plan(recipe), learned, held, adapter, saved)
 
     def _saved(self, asked: Asked) -> Path | None:
-        """Where an earlier attempt at this trial was saved, by a process that is gone."""
+        """Where an earlier attempt at this trial was saved, by a process that is gone; None where it cannot be read."""
+        if asked.again_of is None:
+            return None
         by_number = {trial.number: trial for trial in self.study.trials()}
-        number = asked.again_of
+        number: int | None = asked.again_of
         while number is not None:
             for place in sorted(self.ground.checkpoints.glob("worker-*")):
                 found = find_saved(place, f"trial-{number}")
-                if found is not None:
+                if found is not None and is_sound(found):
                     target = self.place / f"again-{asked.number}"  # its old place may be swept any time
                     disk.remove(target)
                     disk.make_folder(self.place)

@@ -1,12 +1,13 @@
 """A search at work in one process: ask, learn, tell, until the study is over. Any number of processes do the same."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from toolkit import disk
+from toolkit.errors import AdapterError
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Setup, fit_many
 from toolkit.fit.plan import Plan
@@ -32,7 +34,9 @@ from toolkit.stack.adapter import new_adapter
 from toolkit.stack.stack import Stack
 
 WORKER = "MALTU_WORKER"  # how a process started by another one is told its index and whose child it is
+WORKERS_FILE = ".workers"
 LOOK_S = 0.3
+STOP_S = 30.0  # how long a helper may take to save and stop
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ def work(
     study = Study.open(ground.recipe, ground.folder, worker=worker, identity=identity, resolved=resolved, say=table.say)
     place = ground.checkpoints / f"worker-{worker.name}"
     try:
-        with table, StopOnSignal(table.say) as stops:
+        with at_work(ground.folder), table, StopOnSignal(table.say) as stops:
             crew = Crew(ground, study, place, table, lambda: stops.is_asked or _is_orphan(parent))
-            is_over = _learn(crew, _setup(ground, plan), table.say)
+            is_over = _learn(crew, plan, table.say)
             if not is_over:
                 return None
             crew.show(is_last=True)
@@ -84,19 +88,22 @@ def work(
         torch.set_num_threads(before)
 
 
-def _learn(crew: Crew, setup: Setup, say: Callable[[str], None]) -> bool:
+def _learn(crew: Crew, plan: Plan, say: Callable[[str], None]) -> bool:
     """Until the study is over; False: asked to stop. Where nothing is left to ask, it waits for the others: one of
     them may die, and its trials are asked again.
     """
-    stack = Stack(crew.ground.base.model, base_hash=crew.ground.base.hash)
+    stack = _stack(crew, say)
+    setup = _setup(crew.ground, plan) if stack is not None else None
     told: set[str] = set()
     while True:
-        if not fit_many(stack, crew, setup, crew.place):
+        if stack is None or setup is None:
+            crew.next()
+        elif not fit_many(stack, crew, setup, crew.place):
             return False
         alone, crew.alone = crew.alone, None
         if alone is not None and not crew.wants_stop():
             kind = name_of(alone.recipe)
-            if kind not in told:
+            if kind not in told and stack is not None:
                 say(f"{kind}: no stack holds adapters of this kind, so its trials run one after another.")
                 told.add(kind)
             from toolkit.search.alone import fit_alone  # here: trl is slow, and most searches never need it
@@ -110,6 +117,16 @@ def _learn(crew: Crew, setup: Setup, say: Callable[[str], None]) -> bool:
             return False
         crew.show()
         time.sleep(LOOK_S)
+
+
+def _stack(crew: Crew, say: Callable[[str], None]) -> Stack | None:
+    """The stack of this base; None, with a word about it, for a base that no stack takes."""
+    try:
+        return Stack(crew.ground.base.model, base_hash=crew.ground.base.hash)
+    except AdapterError as unfit:
+        say(f"No stack takes this base ({unfit}), so trials run one after another.")
+        crew.is_stackless = True
+        return None
 
 
 def _setup(ground: Ground, plan: Plan) -> Setup:
@@ -162,28 +179,59 @@ class Others:
     """Worker processes of this machine that were started beside this one: they join the run as anybody might."""
 
     def __init__(self, command: Sequence[str], folder: Path, count: int, n_threads: int) -> None:
-        self._folder, self._started = folder, []
-        for index in range(1, count + 1):
-            self._started.append((folder / f"worker-{index}.log", _start(command, folder, index, n_threads)))
+        self._started: list[tuple[Path, subprocess.Popen[bytes]]] = []
+        try:
+            for index in range(1, count + 1):
+                self._started.append((folder / f"worker-{index}.log", _start(command, folder, index, n_threads)))
+        except OSError as failed:
+            self.stop()
+            raise disk.cannot_write(folder / "worker.log", failed) from failed
 
-    def stop(self) -> None:
-        """Ask them to save and stop, and wait for them."""
+    def stop(self) -> list[str]:
+        """Ask them to save and stop, and wait for them, half a minute at most; what those say that ended badly."""
         for _, process in self._started:
             if process.poll() is None:
                 process.terminate()
-        self.wait()
-
-    def wait(self) -> list[str]:
-        """Wait until all have ended; what those say that ended badly."""
         said = []
         for log, process in self._started:
-            code = process.wait()
+            code = 0
+            try:
+                code = process.wait(STOP_S)
+            except subprocess.TimeoutExpired:  # it waits for a storage that is away
+                process.kill()
+                process.wait()
             if code not in (0, 130, -15):
                 tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [""]
                 said.append(f"A worker ended with code {code}: {tail[0]} ({log})")
             else:
                 disk.remove(log)
+        self._started = []
         return said
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """While any process is inside, `is_at_work` says so; a killed one is not inside any more."""
+    with (folder / WORKERS_FILE).open("a+", encoding="utf-8") as file:
+        if os.name != "nt":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether some process works on the search in this folder."""
+    if os.name == "nt" or not (folder / WORKERS_FILE).exists():
+        return False
+    import fcntl
+
+    with (folder / WORKERS_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _start(command: Sequence[str], folder: Path, index: int, n_threads: int) -> "subprocess.Popen[bytes]":
