@@ -6,6 +6,7 @@ Another process with the same command finds the lock held and joins as one more 
 """
 
 import contextlib
+import importlib
 import os
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from toolkit.errors import BusyError, RunError
 from toolkit.fit.cached import CachedRows
 from toolkit.fit.inputs import inputs_of, refuse_changed
 from toolkit.fit.prepare import make_renderer, place_here, weight_dtype
+from toolkit.judge import Judge
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
@@ -36,7 +38,7 @@ from toolkit.recipe.show import to_yaml, without_secrets
 from toolkit.recipe.space import without_password
 from toolkit.search.crew import Ground
 from toolkit.search.identity import kept
-from toolkit.search.run import Found, Others, is_at_work, is_helper, work
+from toolkit.search.run import Found, Others, Part, is_at_work, is_helper, work
 from toolkit.search.split import Split, count_cores, split_machine
 from toolkit.search.words import search_markdown
 from toolkit.steps import (
@@ -102,7 +104,8 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         rows = ground.rows.of(recipe)
         console.print(in_short(recipe, ground.base, ground.rows.corpus, rows), highlight=False)
         _begin(recipe, options, folder, inputs, ground)
-        found = work(ground, inputs, split.threads, console, is_quiet=options.quiet, leads=True)
+        part = Part(split.threads, options.quiet, leads=True, meanwhile=lambda: _prepare_result(recipe, ground))
+        found = work(ground, inputs, console, part)
         if found is None:
             console.print("Stopped. The same command goes on where it stopped.")
             return INTERRUPTED
@@ -146,7 +149,7 @@ def _join(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         time.sleep(LOOK_S)
     console.print(f"{folder.path}: a search is under way; this process joins it as one more worker.")
     ground = _ground(recipe, folder, inputs)
-    found = work(ground, inputs, _split(recipe).threads, console, is_quiet=options.quiet, leads=False)
+    found = work(ground, inputs, console, Part(_split(recipe).threads, options.quiet, leads=False))
     if found is None:
         console.print("Stopped. The other workers go on; the same command joins again.")
         return INTERRUPTED
@@ -253,7 +256,7 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
             " trials.csv. Change the space and take another name, or --fresh."
         )
     rows, corpus = ground.rows.of(recipe), ground.rows.corpus
-    judge = make_judge(recipe, ground.base, make_renderer(recipe, ground.base), corpus, rows)
+    judge = _judge(recipe, ground)
     target = _take_over(folder, found)  # before anything that takes long: a worker that joins may find a better one
     before = judge.measure_base()
     after = judge.measure(_worn(target, ground))
@@ -272,6 +275,17 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
     show_result(folder, console)
     console.print(section, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _prepare_result(recipe: Recipe, ground: Ground) -> None:
+    """What the result needs whoever wins: the bare base measured (kept in the cache), and what is slow to import."""
+    importlib.import_module("toolkit.search.results")
+    _judge(recipe, ground).measure_base()
+
+
+def _judge(recipe: Recipe, ground: Ground) -> Judge:
+    renderer = make_renderer(recipe, ground.base)
+    return make_judge(recipe, ground.base, renderer, ground.rows.corpus, ground.rows.of(recipe))
 
 
 def _take_over(folder: Run, found: Found) -> Path:

@@ -25,7 +25,6 @@ from toolkit.fit.prepare import place_here, shape_of, training_rows
 from toolkit.fit.stops import StopOnSignal
 from toolkit.search import ledger
 from toolkit.search.crew import FITTED_FILE, Crew, Ground, holds, name_of
-from toolkit.search.results import write_results
 from toolkit.search.split import limits_of, trials_together
 from toolkit.search.study import Study
 from toolkit.search.table import SearchTable
@@ -55,46 +54,56 @@ class Found:
     history: tuple[tuple[int, dict[str, float]], ...] = ()
 
 
-def work(
-    ground: Ground, identity: Mapping[str, Any], n_threads: int, console: Console, *, is_quiet: bool, leads: bool
-) -> Found | None:
+@dataclass(frozen=True)
+class Part:
+    """What a process does in a search. `leads`: whether it writes what the search came to; who only joins leaves that
+    to the one that does. meanwhile: done once, when it has nothing to learn and waits for the others.
+    """
+
+    n_threads: int
+    is_quiet: bool
+    leads: bool
+    meanwhile: Callable[[], object] = lambda: None
+
+
+def work(ground: Ground, identity: Mapping[str, Any], console: Console, part: Part) -> Found | None:
     """Take part in the recipe's search until it is over; None: asked to stop, and everything is saved.
 
-    `leads`: whether to write what it came to; who only joins leaves that to the one that does, and finds nothing.
     Raises: RunError for a study begun with something else, SearchError for one that cannot be reached, DiskError; the
     same command goes on.
     """
     index, parent = _whose()
     assert ground.recipe.search is not None  # a search was asked for
     disk.make_folder(ground.folder)
-    table = SearchTable(console, ground.recipe.search.trials, is_quiet)
+    table = SearchTable(console, ground.recipe.search.trials, part.is_quiet)
     worker = Worker.here(index)
     plan = ground.plan(ground.recipe)
     resolved = {"train.learning_rate": plan.learning_rate, "train.max_length": plan.max_length}
     before = torch.get_num_threads()
-    torch.set_num_threads(min(n_threads, before))  # OMP_NUM_THREADS may allow fewer
+    torch.set_num_threads(min(part.n_threads, before))  # OMP_NUM_THREADS may allow fewer
     study = Study.open(ground.recipe, ground.folder, worker=worker, identity=identity, resolved=resolved, say=table.say)
     place = ground.checkpoints / f"worker-{worker.name}"
     try:
         with at_work(ground.folder), table, StopOnSignal(table.say) as stops:
             crew = Crew(ground, study, place, table, lambda: stops.is_asked or _is_orphan(parent))
-            is_over = _learn(crew, plan, table.say)
+            is_over = _learn(crew, plan, table.say, part.meanwhile)
             if not is_over:
                 return None
             crew.show(is_last=True)
-        return _found(ground, study) if leads else Found({}, None, None, {}, "")
+        return _found(ground, study) if part.leads else Found({}, None, None, {}, "")
     finally:
         study.leave()
         torch.set_num_threads(before)
 
 
-def _learn(crew: Crew, plan: Plan, say: Callable[[str], None]) -> bool:
+def _learn(crew: Crew, plan: Plan, say: Callable[[str], None], meanwhile: Callable[[], object]) -> bool:
     """Until the study is over; False: asked to stop. Where nothing is left to ask, it waits for the others: one of
     them may die, and its trials are asked again.
     """
     stack = _stack(crew, say)
     setup = _setup(crew.ground, plan) if stack is not None else None
     told: set[str] = set()
+    is_idle = False
     while True:
         if stack is None or setup is None:
             crew.next()
@@ -116,6 +125,9 @@ def _learn(crew: Crew, plan: Plan, say: Callable[[str], None]) -> bool:
         if crew.wants_stop():
             return False
         crew.show()
+        if not is_idle:
+            is_idle = True
+            meanwhile()
         time.sleep(LOOK_S)
 
 
@@ -150,6 +162,8 @@ def _member_bytes(ground: Ground) -> int:
 
 
 def _found(ground: Ground, study: Study) -> Found:
+    from toolkit.search.results import write_results  # here: plots are slow to import, and only the end needs them
+
     facts = study.reach(lambda: write_results(study.optuna, ground.folder, ground.recipe))
     best = study.best()
     if best is None:
