@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import psutil
 
 from toolkit.fit.batches import Limits, Row
+from toolkit.fit.head import MAX_LOGITS
 from toolkit.fit.plan import MEMORY_SHARE, Place, Plan, Shape, activation_bytes
 from toolkit.recipe.model import Recipe
 
@@ -15,7 +16,6 @@ JOIN_TOKENS = 512  # a step of so many tokens keeps a CPU busy by itself: trials
 GPU_TOKENS = 65_536
 MOST_TOGETHER = 16
 MEMBERS_SHARE = 0.1  # of free memory may go to weights, gradients, moments and best tensors of those that learn
-MAX_LOGITS = 2**26  # elements of [supervised tokens, vocabulary] in one block
 SMALL_BYTES = 400e6  # weights of a base up to which two processes of half the threads beat one with all of them
 PROCESS_BYTES = 1.2e9  # what a process takes beside its base: libraries, rows, activations
 

@@ -8,8 +8,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from toolkit.search.ledger import is_lost, is_void
+from toolkit.search.space import KIND
 
-KIND = "adapter.kind"
 DIGITS = 4
 LONGEST = 32  # signs of a value among others
 
