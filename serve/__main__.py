@@ -1,27 +1,27 @@
 """`python -m serve RUN…` = `maltu serve RUN…`: an OpenAI-compatible API at /v1 and a chat page at /.
 
-Settings and run folders are checked, and the port is taken, before anything heavy loads. SIGTERM or Ctrl-C: nothing new
-is taken in, what runs is finished, exit 0 within 10 s.
+Settings and run folders are checked, the port is taken and the store opened before anything heavy loads. SIGTERM or
+Ctrl-C: nothing new is taken in, what runs is finished, exit 0 within 10 s. `python -m serve key|feedback|openapi …` are
+commands of their own (serve/commands.py).
 """
 
-import contextlib
-import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from serve.commands import COMMANDS, run_command
 from serve.runs import find_runs
-from serve.settings import COMMAND, Settings, read_settings
-from toolkit.errors import InputError, MaltuError, Problem
+from serve.settings import Settings, is_loopback, read_settings
+from toolkit.errors import MaltuError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from serve.engines.contract import Engine
+    from serve.store import Store
 
 FINISH_S = 8.0  # what running answers have to finish in, once the server is told to stop
 EXIT_S = 9  # then their connections are cut
@@ -29,8 +29,11 @@ EXIT_S = 9  # then their connections are cut
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings and serve; an error of ours is printed without a traceback and becomes its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return serve(read_settings(sys.argv[1:] if argv is None else argv, os.environ))
+        if words and words[0] in COMMANDS:
+            return run_command(words)
+        return serve(read_settings(words, os.environ))
     except MaltuError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -41,53 +44,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(settings: Settings) -> int:
     """Open the runs and answer until told to stop. Raises MaltuError for what cannot be served."""
     runs = find_runs(settings.runs, settings.folder)
-    with _listen(settings.host, settings.port) as listener:
-        address = _address(settings.host, listener.getsockname()[1])
+    from serve.listening import address_of, listen
+
+    with listen(settings.host, settings.port) as listener:
+        address = address_of(settings.host, listener.getsockname()[1])
+        store = _open_store(settings)
         sys.stdout.write(f"Loading {', '.join(run.name for run in runs)} …\n")
         sys.stdout.flush()
         from serve.engines.models import open_models
         from serve.engines.rows import RowsEngine
 
-        models = open_models(runs, settings.device)
-        engine = RowsEngine(models, settings.slots, settings.queue)
+        engine = RowsEngine(open_models(runs, settings.device), settings.slots, settings.queue)
         try:
-            _run(_app(engine, settings, address), engine, listener, lambda: _announce(settings, address, list(models)))
+            app = _app(engine, settings, address, store)
+            _run(app, engine, listener, lambda: _announce(settings, address, engine, store))
         finally:
             engine.close()
+            if store is not None:
+                store.close()
     return 0
 
 
-def _app(engine: "Engine", settings: Settings, address: str) -> "FastAPI":
+def _open_store(settings: Settings) -> "Store | None":
+    if settings.store is None:
+        return None
+    from serve.store import Store
+
+    return Store(settings.store)
+
+
+def _app(engine: "Engine", settings: Settings, address: str, store: "Store | None") -> "FastAPI":
     from serve.api import Bounds, create_app
 
-    app = create_app(engine, Bounds(settings.max_tokens, settings.keys), settings.has_page)
+    is_local = is_loopback(settings.host)
+    bounds = Bounds(
+        max_tokens=settings.max_tokens,
+        keys=settings.keys,
+        admin_keys=settings.admin_keys,
+        answer_s=settings.answer_s,
+        rate=settings.rate,
+        is_local=is_local and settings.is_open,
+        is_shared=not is_local and settings.is_open,
+        keeps=settings.keeps,
+        n_slots=settings.slots,
+        folder=settings.folder,
+    )
+    app = create_app(engine, bounds, settings.has_page, store)
     if settings.has_page:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
         from serve.ui import mount
 
-        mount(app, address, wants_key=bool(settings.keys))
+        mount(app, address, wants_key=not settings.is_open)
     return app
 
 
 def _run(app: "FastAPI", engine: "Engine", listener: socket.socket, on_start: Callable[[], None]) -> None:
     """Run the HTTP server until a signal; uvicorn's own handlers are told what else a signal means here."""
-    import uvicorn
+    from serve.listening import make_server
+    from serve.logs import write_json
 
-    class Server(uvicorn.Server):
-        """uvicorn, that says when it is ready and lets the engine finish."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            on_start()
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            engine.drain(FINISH_S)
-            super().handle_exit(sig, frame)
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    config: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "ws": "none"}
-    server = Server(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=EXIT_S, server_header=False, **config))
+    write_json(sys.stderr)
+    server = make_server(app, EXIT_S, on_start, lambda: engine.drain(FINISH_S))
     # uvicorn raises the signal again once it is done; the process ends by itself then, with 0
     before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -97,34 +114,14 @@ def _run(app: "FastAPI", engine: "Engine", listener: socket.socket, on_start: Ca
             signal.signal(sig, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a taken port is known before anything loads."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as undo:
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
-            if os.name == "posix":  # elsewhere the option would share the port with whoever has it
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            undo.pop_all()
-        return listener
-    except OSError as error:
-        says = (
-            f"{host}:{port} cannot be listened on ({error.strerror or error}). Take another, as in --port {port + 1}."
-        )
-        raise InputError(COMMAND, [Problem("--port", says)]) from None
-
-
-def _address(host: str, port: int) -> str:
-    """Where this machine reaches the server."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host.strip("[]"), host)
-    return f"http://{f'[{shown}]' if ':' in shown and not shown.startswith('[') else shown}:{port}"
-
-
-def _announce(settings: Settings, address: str, names: Sequence[str]) -> None:
-    page = f"  page    {address}/\n" if settings.has_page else ""
-    key = "  key     one of the file's, as `Authorization: Bearer KEY`\n" if settings.keys else ""
-    sys.stdout.write(f"Ready.\n{page}  API     {address}/v1\n  models  {', '.join(names)}\n{key}Ctrl-C stops.\n")
+def _announce(settings: Settings, address: str, engine: "Engine", store: "Store | None") -> None:
+    lines = [f"  page      {address}/"] if settings.has_page else []
+    lines += [f"  API       {address}/v1", f"  models    {', '.join(engine.models())}"]
+    lines += [f"  feedback  {store.place}"] if store is not None else []
+    lines += ["  kept      conversations, in the same place"] if settings.keeps else []
+    lines += [] if settings.is_open else ["  key       one of the file's, as `Authorization: Bearer KEY`"]
+    lines += ["  admin     /admin, with an admin key"] if settings.admin_keys else []
+    sys.stdout.write("\n".join(["Ready.", *lines, "Ctrl-C stops.\n"]))
     sys.stdout.flush()
 
 

@@ -2,83 +2,234 @@
 
 import asyncio
 import contextlib
-import secrets
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from serve import names
-from serve.answers import Words, model_entry
-from serve.engines.contract import Ask, Engine, Reply, Served
-from serve.guard import Guard, Keys, answer, read_body
+from serve.admin import add_admin
+from serve.answers import DONE, Asked, Words, event, model_entry
+from serve.api_feedback import Opinions, add_feedback
+from serve.asking import Plan, sampling_of, submit_all, turns_of
+from serve.description import filled
+from serve.engines.contract import Engine, One, Reply
+from serve.feedback import Fact, Recent, facts_of, kept_of
+from serve.guard import Doors, Guard, answer, read_body
+from serve.keys import Key, Keys
+from serve.metrics import CONTENT_TYPE, Metrics
+from serve.rates import Rates
+from serve.reading import read_model, refuse
 from serve.refusal import Refusal
-from serve.schemas import Chat, Message, read_chat
+from serve.schemas import Chat, Classify, Completion, read_chat, read_completion
+from serve.store import Store, StoreError
+from serve.who import label_of, read_who
 from toolkit.corpus.talk import Turn
-from toolkit.generate import Sampling
+
+_log = logging.getLogger("maltu.serve")
+_SOON = {"retry-after": "10"}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the routes allow. max_tokens: the longest answer that may be asked for."""
+    """What the routes allow, and to whom.
+
+    max_tokens: the longest answer that may be asked for. answer_s: how long an answer may take, waiting included.
+    rate: how often one owner may ask, as in 60/minute. is_local: answer under a name of this machine alone. is_shared:
+    strangers may come in without keys, so nobody is shown everybody's feedback. keeps: conversations are stored.
+    folder: where runs are that can be loaded later.
+    """
 
     max_tokens: int
-    keys: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
+    admin_keys: tuple[Key, ...] = ()
+    answer_s: float = 600.0
+    rate: str | None = None
+    is_local: bool = False
+    is_shared: bool = False
+    keeps: bool = False
+    n_slots: int | None = None
+    folder: Path | None = None
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a reply, which is cancelled when the client leaves, whenever that is."""
+    """Server-sent events of replies, which are cancelled when the client leaves, whenever that is.
 
-    def __init__(self, reply: Reply, events: AsyncIterator[bytes]) -> None:
+    over: called once nothing more is sent, or before anything was.
+    """
+
+    def __init__(self, replies: Sequence[Reply], events: AsyncIterator[bytes], over: Callable[[], None]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._reply = reply
+        self._replies, self._over = replies, over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._reply.cancel()
+            _cancel(self._replies)
+            self._over()
 
 
-def create_app(engine: Engine, bounds: Bounds, has_page: bool = False) -> FastAPI:
+class Desk:
+    """Answers chats and completions. recent: what is known of the last answers, for feedback."""
+
+    def __init__(self, engine: Engine, bounds: Bounds, metrics: Metrics, store: Store | None) -> None:
+        self._engine, self._bounds, self._metrics, self._store = engine, bounds, metrics, store
+        self.recent = Recent()
+
+    async def answer(self, request: Request, asked: Chat | Completion, prompts: Sequence[tuple[Turn, ...]]) -> Response:
+        """The answer to a request, whole or streamed. Raises Refusal."""
+        who = read_who(asked.model, asked.maltu, self._engine.models())
+        state, n, options = request.state, asked.n or 1, asked.maltu
+        conversation = options.conversation if options is not None else None
+        state.model = label_of(who)
+        if n * len(prompts) > 1:
+            state.charge(n * len(prompts) - 1)
+        sampling = sampling_of(asked, asked.limit, self._engine.served(who), self._bounds.max_tokens)
+        may_drop = options is not None and options.truncation == "auto"
+        key = state.key.digest if state.key else ""
+        plan = Plan(state.request_id, who, tuple(prompts), sampling, n, asked.n_logprobs, key, may_drop)
+        watch = self._metrics.watch(state.model)
+        replies, n_dropped = await submit_all(self._engine, plan)
+        words = Words(self._head(state.request_id, asked, n_dropped), replies, len(prompts))
+        facts = facts_of(words.response_id, state.key.name if state.key else "", plan, replies)
+        self.recent.add(facts)
+        late = asyncio.get_running_loop().call_later(self._bounds.answer_s, words.give_up, self._bounds.answer_s)
+
+        def over() -> None:
+            late.cancel()
+            self._count(request, words)
+
+        if asked.stream:
+            events = self._keeping(words.events(watch.piece), words, facts, plan, conversation)
+            return EventStream(replies, events, over)
+        async with _until_hangup(request, replies):
+            try:
+                whole = await words.whole(watch.piece)
+            finally:
+                over()
+        await self._keep(words, facts, plan, conversation)
+        return JSONResponse(whole)
+
+    def _head(self, request_id: str, asked: Chat | Completion, n_dropped: int) -> Asked:
+        unused = asked.unused
+        if asked.maltu is not None and asked.maltu.conversation is not None and not self._keeps:
+            unused = [*unused, "maltu.conversation"]
+        return Asked(
+            request_id,
+            "chat" if isinstance(asked, Chat) else "text",
+            int(time.time()),
+            unused,
+            asked.n_logprobs is not None,
+            asked.includes_usage,
+            n_dropped,
+        )
+
+    @property
+    def _keeps(self) -> bool:
+        return self._store is not None and self._bounds.keeps
+
+    async def _keeping(
+        self, events: AsyncIterator[bytes], words: Words, facts: list[Fact], plan: Plan, conversation: str | None
+    ) -> AsyncIterator[bytes]:
+        """The events; what was said is kept before the client hears that all is done."""
+        async for one in events:
+            if one is DONE:
+                try:
+                    await self._keep(words, facts, plan, conversation)
+                except StoreError as error:
+                    words.failure = _unstored(error)
+                    yield event(words.failure.body())
+                    return
+            yield one
+
+    async def _keep(self, words: Words, facts: list[Fact], plan: Plan, conversation: str | None) -> None:
+        if self._store is None or not self._keeps:
+            return
+        kept = []
+        for fact, text in zip(facts, words.texts, strict=True):
+            turns = [{"role": turn.role, "content": turn.content} for turn in plan.prompts[fact.choice // plan.n]]
+            kept.append(kept_of(fact, turns, text, conversation))
+        await run_in_threadpool(self._store.keep, kept)
+
+    def _count(self, request: Request, words: Words) -> None:
+        self._metrics.tokens(request.state.model, *words.n_tokens)
+        if words.failure is not None:
+            request.state.outcome = "unavailable" if words.failure.status == 503 else "failed"
+        elif not words.is_over:
+            request.state.outcome = "gone"
+
+
+def create_app(engine: Engine, bounds: Bounds, has_page: bool = False, store: Store | None = None) -> FastAPI:
     """The API over an engine, behind the guard. `has_page`: leave the chat page's routes to whoever mounts it."""
     app = FastAPI(title="Maltu", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app.add_middleware(
-        Guard, keys=Keys(bounds.keys), has_page=has_page, is_over=lambda: engine.load().state == "stopped"
-    )
+    metrics = Metrics(engine, bounds.n_slots)
+    doors = Doors(Keys(bounds.keys), Keys(bounds.admin_keys), Rates(bounds.rate), bounds.is_local, has_page)
+    app.add_middleware(Guard, doors=doors, is_over=lambda: engine.load().state == "stopped", count=metrics.count)
     app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(StoreError, _no_store)
     app.add_exception_handler(HTTPException, _no_route)
-    _add_chat(app, engine, bounds)
+    app.add_exception_handler(RequestValidationError, _bad_query)
+    desk = Desk(engine, bounds, metrics, store)
+    _add_answers(app, desk, bounds.max_tokens)
+    _add_classify(app, engine)
     _add_models(app, engine)
-    _add_health(app, engine)
+    _add_health(app, engine, metrics)
+    add_feedback(app, Opinions(store, desk.recent, metrics, bounds.is_shared))
+    add_admin(app, engine, store, metrics, bounds.folder)
+    plain = app.openapi
+    app.openapi = lambda: filled(plain())  # type: ignore[method-assign]
     return app
 
 
-def _add_chat(app: FastAPI, engine: Engine, bounds: Bounds) -> None:
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": Chat.model_json_schema()}}}}
+def describe_api() -> dict[str, Any]:
+    """The description of the API, of no engine in particular: docs/openapi.json."""
+    nobody = cast(Engine, None)  # the routes ask an engine only when they are asked themselves
+    return dict(create_app(nobody, Bounds(max_tokens=1)).openapi())
 
-    @app.post("/v1/chat/completions", openapi_extra=schema)
+
+def _add_answers(app: FastAPI, desk: Desk, max_tokens: int) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         """An answer to a conversation, whole or streamed."""
-        asked = read_chat(await read_body(request), bounds.max_tokens)
-        served = engine.models()[names.find(asked.model, engine.models())]
-        request_id = request.state.request_id
-        turns = tuple(_turn(message) for message in asked.messages)
-        reply = await engine.submit(Ask(request_id, served.name, turns, sampling(asked, served, bounds.max_tokens)))
-        words = Words(request_id, served, int(time.time()), asked.unused)
-        if asked.stream:
-            options = asked.stream_options
-            return EventStream(reply, words.events(reply, bool(options and options.include_usage)))
-        async with _until_hangup(request, reply):
-            text = "".join([piece async for piece in reply])
-            return JSONResponse(words.completion(text, reply.answer, reply.n_prompt))
+        asked = read_chat(await read_body(request), max_tokens)
+        return await desk.answer(request, asked, [turns_of(asked.messages)])
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: Request) -> Response:
+        """Running text that goes on from a prompt, whole or streamed."""
+        asked = read_completion(await read_body(request), max_tokens)
+        return await desk.answer(request, asked, [(Turn("text", prompt),) for prompt in asked.prompt])
+
+
+def _add_classify(app: FastAPI, engine: Engine) -> None:
+    @app.post("/v1/classify", response_model=None)
+    async def classify(request: Request) -> Response:
+        """The label of each text, and the probability of every label."""
+        asked = read_model(Classify, await read_body(request))
+        who, state = read_who(asked.model, None, engine.models()), request.state
+        state.model = label_of(who)
+        if len(asked.input) > 1:
+            state.charge(len(asked.input) - 1)
+        key = state.key.digest if state.key else ""
+        served, found = await engine.classify(who, asked.input, asked.labels, key)
+        data = [
+            {"index": place, "label": max(of, key=of.__getitem__), "probabilities": dict(of)}
+            for place, of in enumerate(found)
+        ]
+        maltu = {"adapter": served.adapter, "weights_hash": served.weights_hash}
+        head = {"id": f"classify-{state.request_id}", "object": "list", "created": int(time.time())}
+        return JSONResponse(head | {"model": served.name, "data": data, "maltu": maltu})
 
 
 def _add_models(app: FastAPI, engine: Engine) -> None:
@@ -90,11 +241,12 @@ def _add_models(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        """One of them."""
-        return model_entry(engine.models()[names.find(name, engine.models())], engine.load().state)
+        """One of them, or what a mixture of them would be."""
+        who, served = read_who(name, None, engine.models()), engine.models()
+        return model_entry(served[who.name] if isinstance(who, One) else engine.served(who), engine.load().state)
 
 
-def _add_health(app: FastAPI, engine: Engine) -> None:
+def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process answers at all."""
@@ -112,47 +264,57 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
         }
         return JSONResponse(said, 200 if load.state == "ready" else 503)
 
-
-def sampling(asked: Chat, served: Served, max_tokens: int) -> Sampling:
-    """How tokens are chosen: what the request says, else what the run says; without a seed, a new one each time."""
-    own, plain = served.defaults, Sampling()
-    top_p = own.get("top_p", plain.top_p) if asked.top_p is None else asked.top_p
-    return Sampling(
-        temperature=own.get("temperature", plain.temperature) if asked.temperature is None else asked.temperature,
-        top_p=max(top_p, 1e-6),  # 0 means the likeliest token alone
-        top_k=own.get("top_k", plain.top_k),
-        min_p=own.get("min_p", plain.min_p),
-        repetition_penalty=own.get("repetition_penalty", plain.repetition_penalty),
-        max_tokens=asked.limit or min(own.get("max_tokens", plain.max_tokens), max_tokens),
-        stop=tuple(asked.stop or ()),
-        seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-    )
-
-
-def _turn(message: Message) -> Turn:
-    return Turn("system" if message.role == "developer" else message.role, message.content)
+    @app.get("/metrics", response_model=None)
+    async def numbers() -> Response:
+        """Counts and times, for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
 @contextlib.asynccontextmanager
-async def _until_hangup(request: Request, reply: Reply) -> AsyncIterator[None]:
-    """Inside, a client that leaves cancels the reply; afterwards the reply is cancelled anyway."""
+async def _until_hangup(request: Request, replies: Sequence[Reply]) -> AsyncIterator[None]:
+    """Inside, a client that leaves cancels the replies; afterwards they are cancelled anyway."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        reply.cancel()
+        _cancel(replies)
 
     watching = asyncio.create_task(watch())
     try:
         yield
     finally:
         watching.cancel()
+        _cancel(replies)
+
+
+def _cancel(replies: Sequence[Reply]) -> None:
+    for reply in replies:
         reply.cancel()
 
 
 async def _refused(request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, Refusal)
     return answer(refusal)
+
+
+def _unstored(error: StoreError) -> Refusal:
+    """The database's own words are for the log, not for clients."""
+    _log.error("nothing could be stored: %s", error)
+    return Refusal(503, "What was sent could not be stored. Try again later.", "store_unavailable", headers=_SOON)
+
+
+async def _no_store(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    return answer(_unstored(error))
+
+
+async def _bad_query(request: Request, error: Exception) -> Response:
+    """What FastAPI would answer with 422, in OpenAI's shape."""
+    assert isinstance(error, RequestValidationError)
+    try:
+        refuse(error.errors(), n_outer=1)
+    except Refusal as refusal:
+        return answer(refusal)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

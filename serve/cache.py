@@ -96,6 +96,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys[slot, :n_columns] = keys_HND.transpose(0, 1)  # type: ignore[index]
         self.values[slot, :n_columns] = values_HND.transpose(0, 1)  # type: ignore[index]
 
+    def put_tokens(self, slot: int, first: int, keys_NHD: Tensor, values_NHD: Tensor) -> None:
+        """Write columns from `first` on, as they lie."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys_NHD.transpose(0, 1).unsqueeze(0), values_NHD.transpose(0, 1).unsqueeze(0))
+        self.keys[slot, first : first + len(keys_NHD)] = keys_NHD  # type: ignore[index]
+        self.values[slot, first : first + len(values_NHD)] = values_NHD  # type: ignore[index]
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Keys and values, where there are any yet."""
         return (self.keys, self.values) if self.is_initialized else ()  # type: ignore[return-value]
@@ -191,6 +198,20 @@ class SlotCache(Cache):
         for slot, count in zip(frame.slots, frame.counts, strict=True):
             self._lengths[slot] += count
         self._ground.frame = None
+
+    def copied(self, slot: int, first: int, last: int) -> tuple[Tensor, ...]:
+        """A copy of a row's columns from `first` to before `last`: keys and values by layer, each [n, H, D]."""
+        return tuple(tensor[slot, first:last].clone() for layer in self._slots for tensor in layer.tensors())
+
+    def append(self, slot: int, pieces: Sequence[Sequence[Tensor]]) -> None:
+        """Let a row go on with columns that `copied` gave, piece by piece."""
+        for piece in pieces:
+            first, n_columns = self._lengths[slot], len(piece[0])
+            self._reserve(slot + 1, first + n_columns)
+            for layer, keys_NHD, values_NHD in zip(self._slots, piece[::2], piece[1::2], strict=True):
+                layer.put_tokens(slot, first, keys_NHD, values_NHD)
+            self._lengths[slot] += n_columns
+            self._used[slot] = max(self._used[slot], self._lengths[slot])
 
     def clear(self, slot: int) -> None:
         """Free a slot; nothing of its row is left, so that not even a number that is none reaches the next."""

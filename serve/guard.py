@@ -1,17 +1,19 @@
-"""What stands before every route: the request's id, the API key, the bounds of a body, and the page's few own routes.
+"""What stands before every route: the request's id, keys, rates, the bounds of a body, and the page's few own routes.
 
-Every route is closed unless it is named here. Without keys the API's routes are open to whoever reaches the address.
+Every route is closed unless it is named here. Without keys the API's routes are open to whoever reaches the address;
+the admin's are never open without an admin key.
 """
 
 import asyncio
-import hashlib
-import hmac
+import ipaddress
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from email.message import Message
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -19,18 +21,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
+from structlog.contextvars import bound_contextvars
 
+from serve.keys import Key, Keys
+from serve.rates import Rates
 from serve.refusal import Refusal, failed
 
 _log = logging.getLogger("maltu.serve")
 
 MAX_BODY = 2**20
+MAX_HEAD = 2**16
 BODY_S = 30.0  # how long a body may take to arrive
 _GONE = 499  # in the log: the client left before it had sent its request
 _LAST_WORDS_S = 0.5  # what the page has to show the end of an answer once the server is over
 
 _OPEN = re.compile(r"/healthz|/readyz")
 _API = re.compile(r"/v1/.*|/openapi\.json", re.DOTALL)
+_ADMIN = re.compile(r"/admin/.*", re.DOTALL)
+_METRICS = "/metrics"
 # What the chat page loads and calls. Gradio has more (uploads, files, proxies, developer's tools): they stay shut.
 _PAGE = re.compile(
     r"/|/(theme\.css|favicon\.ico|manifest\.json|pwa_icon|robots\.txt|config)/?|/(assets|static|svelte)/[\w./+-]+"
@@ -38,27 +46,28 @@ _PAGE = re.compile(
 )
 
 
-class Keys:
-    """API keys, kept as digests and compared in constant time. No keys at all let everybody in."""
+@dataclass(frozen=True)
+class Doors:
+    """Who may come in. api and admin: keys; is_local: only under a name of this machine (a page of another site that
+    the browser was told lies here is kept out).
+    """
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = tuple(_digest(key) for key in keys)
-
-    def allow(self, authorization: str) -> bool:
-        """Whether an Authorization header carries one of the keys."""
-        if not self._digests:
-            return True
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
-        found = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
-        return scheme.lower() == "bearer" and any(found)
+    api: Keys
+    admin: Keys
+    rates: Rates = field(default_factory=Rates)
+    is_local: bool = False
+    has_page: bool = False
 
 
 class Guard:
-    """The outermost layer of the app. `has_page`: whether the chat page is mounted."""
+    """The outermost layer of the app. count: told the route, model, outcome and seconds of every request but the
+    page's own.
+    """
 
-    def __init__(self, app: ASGIApp, keys: Keys, has_page: bool, is_over: Callable[[], bool]) -> None:
-        self._app, self._keys, self._has_page, self._is_over = app, keys, has_page, is_over
+    def __init__(
+        self, app: ASGIApp, doors: Doors, is_over: Callable[[], bool], count: Callable[[str, str, str, float], None]
+    ) -> None:
+        self._app, self._doors, self._is_over, self._count = app, doors, is_over, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, answer it with a refusal, or with 500 and its id when something breaks."""
@@ -66,15 +75,21 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # no route here speaks websocket
             return await send({"type": "websocket.close", "code": 1000})
-        request_id, since = uuid.uuid4().hex, time.monotonic()
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {}).update(request_id=request_id, key=None, charge=lambda cost: None)
+        with bound_contextvars(request_id=request_id):
+            await self._answer(scope, receive, send, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        since, status = time.monotonic(), 0
 
         async def send_with_id(event: Event) -> None:
             nonlocal status
             if event["type"] == "http.response.start":
                 status = event["status"]
-                MutableHeaders(scope=event)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=event)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
             await send(event)
 
         try:
@@ -88,23 +103,52 @@ class Guard:
             _log.exception("%s failed", request_id)
             if status == 0:
                 await answer(failed(request_id))(scope, receive, send_with_id)
-        took_ms = 1000 * (time.monotonic() - since)
         if not _PAGE.fullmatch(scope["path"]):
-            _log.info("%s %s %r %d %.0f ms", request_id, scope["method"], scope["path"], status, took_ms)
+            self._tell(scope, status, time.monotonic() - since)
+
+    def _tell(self, scope: Scope, status: int, took_s: float) -> None:
+        """A line in the log, a count in the metrics."""
+        state = scope["state"]
+        route = str(getattr(scope.get("route"), "path", "other"))
+        model, outcome = str(state.get("model", "")), str(state.get("outcome") or _outcome(status))
+        key: Key | None = state["key"]
+        fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+        fields |= {"ms": round(1000 * took_s), "model": model, "outcome": outcome, "key": key.name if key else ""}
+        _log.info("request", extra=fields)
+        self._count(route, model, outcome, took_s)
 
     def _check(self, scope: Scope) -> None:
-        path = scope["path"]
+        path, headers, doors = scope["path"], Headers(scope=scope), self._doors
+        _check_head(scope, headers, doors.is_local)
         if _OPEN.fullmatch(path):
             return
-        if self._has_page and _PAGE.fullmatch(path):
+        if doors.has_page and _PAGE.fullmatch(path):
             if scope["method"] not in ("GET", "HEAD"):
-                _check_length(Headers(scope=scope).get("content-length", ""))  # a browser always says it
+                _check_length(headers.get("content-length", ""))  # a browser always says it
             return
-        if not _API.fullmatch(path):
+        authorization = headers.get("authorization", "")
+        if path == _METRICS:
+            owner = doors.admin.owner(authorization) or doors.api.owner(authorization)
+            if owner is None and (doors.api.are_there or doors.admin.are_there):
+                raise _no_key("an API key or the admin key")
+        elif _ADMIN.fullmatch(path) and doors.admin.are_there:
+            scope["state"]["key"] = doors.admin.owner(authorization)
+            if scope["state"]["key"] is None:
+                raise _no_key("the admin key, from its --admin-key-file")
+        elif _API.fullmatch(path):
+            self._let_in(scope, doors.api.owner(authorization))
+        else:
             raise Refusal(404, f"There is no {scope['method']} {path[:200]!r} here.", "not_found")
-        if not self._keys.allow(Headers(scope=scope).get("authorization", "")):
-            says = "This server wants an API key: send `Authorization: Bearer KEY`, with a key from its --api-key-file."
-            raise Refusal(401, says, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _let_in(self, scope: Scope, key: Key | None) -> None:
+        if key is None and self._doors.api.are_there:
+            raise _no_key("an API key, from its --api-key-file")
+        scope["state"]["key"] = key
+        owner = key.name if key else str((scope.get("client") or ("",))[0])
+        rate = key.rate if key else None
+        scope["state"]["charge"] = lambda cost: self._doors.rates.take(owner, rate, cost)
+        if scope["method"] == "POST":
+            self._doors.rates.take(owner, rate)
 
     def _ending(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, but the page's endless streams hear of the end when the server is over: they would hold it up."""
@@ -149,6 +193,38 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
+def _check_head(scope: Scope, headers: Headers, is_local: bool) -> None:
+    if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > MAX_HEAD:
+        raise Refusal(431, f"The request's head has more than {MAX_HEAD:,} bytes.", "head_too_large")
+    if "transfer-encoding" in headers and "content-length" in headers:  # a proxy could read it otherwise
+        raise Refusal(400, "A body has one length: Content-Length or Transfer-Encoding, not both.", "invalid_head")
+    if is_local and not _is_of_this_machine(headers.get("host", "")):
+        says = "Without API keys this server answers under a name of its own machine alone, as in 127.0.0.1."
+        raise Refusal(403, says, "foreign_host")
+
+
+def _no_key(what: str) -> Refusal:
+    says = f"This server wants {what}: send `Authorization: Bearer KEY`."
+    return Refusal(401, says, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _outcome(status: int) -> str:
+    if status == _GONE:
+        return "gone"
+    names = {429: "rate_limited", 503: "unavailable"}
+    return names.get(status, "ok" if status < 400 else "refused" if status < 500 else "failed")
+
+
+def _is_of_this_machine(host: str) -> bool:
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    if name.lower() in ("localhost", "[::1]"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def _check_type(headers: Headers) -> None:
     parsed = Message()
     parsed["content-type"] = headers.get("content-type", "")
@@ -168,7 +244,3 @@ def _check_length(length: str) -> None:
 
 def _too_large() -> Refusal:
     return Refusal(413, f"The body has more than {MAX_BODY:,} bytes. Leave out the oldest messages.", "body_too_large")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

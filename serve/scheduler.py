@@ -6,7 +6,8 @@ by what fits, but at most PATIENCE times; then the slots empty until it fits.
 Steps. A step is one token for everybody who writes, and one chunk of prompts for those who are still being read: small
 while most are writing, so that a long prompt stalls nobody, large while most wait to be read. Chunks go to the shortest
 rest of a prompt and to the oldest request by turns: the short are not kept waiting, the long are not starved. Answers
-on models of their own get their tokens by turns, one a step.
+on models of their own get their tokens by turns, one a step. A request may be several rows (one for each member of a
+mixture or a vote): they run together or not at all, and count as rows wherever rows are counted.
 """
 
 import math
@@ -35,13 +36,15 @@ class Limits:
 class Ticket:
     """What is known here of a request. n_columns: what it may come to need, prefix and longest answer counted.
 
-    is_alone: it runs on a model of its own, apart from the rows. n_read: how much of its prompt has been read.
+    is_alone: it runs on a model of its own, apart from the rows. n_rows: how many slots it takes, fewer once some of
+    its rows are over. n_read: how much of its prompt has been read, by each of its rows.
     """
 
     model: str
     n_prompt: int
     n_columns: int
     is_alone: bool = False
+    n_rows: int = 1
     n_read: int = 0
     n_overtaken: int = 0
 
@@ -72,9 +75,14 @@ class Scheduler:
         self._n_steps = self._n_chunks = 0
         self._mean_s = _FIRST_GUESS_S
 
+    @property
+    def n_rows(self) -> int:
+        """Slots that are taken."""
+        return sum(ticket.n_rows for ticket in self.running)
+
     def is_full(self, n_coming: int = 0) -> bool:
         """Whether a new request finds no room, with `n_coming` on their way here."""
-        n_taken = len(self.waiting) + len(self.running) + n_coming
+        n_taken = len(self.waiting) + self.n_rows + n_coming
         return n_taken >= self.limits.n_slots + self.limits.n_queue
 
     def retry_after_s(self, n_coming: int = 0) -> int:
@@ -97,7 +105,7 @@ class Scheduler:
     def admit(self) -> tuple[Ticket, ...]:
         """Who runs from now on."""
         admitted: list[Ticket] = []
-        while self.waiting and len(self.running) < self.limits.n_slots:
+        while self.waiting and self.n_rows < self.limits.n_slots:
             ticket = self._next()
             if ticket is None:
                 break
@@ -135,10 +143,17 @@ class Scheduler:
         return None
 
     def _fits(self, ticket: Ticket) -> bool:
-        if ticket.is_alone:
+        """Whether slots and memory are left for it; a request that is larger than both runs by itself."""
+        if not self.running:
             return True
-        rows = [ticket.n_columns, *(one.n_columns for one in self.running if not one.is_alone)]
-        return len(rows) == 1 or len(rows) * max(rows) <= self.limits.n_cells
+        if self.n_rows + ticket.n_rows > self.limits.n_slots:
+            return False
+        beside = [one for one in self.running if not one.is_alone]
+        if ticket.is_alone or not beside:
+            return True
+        rows = [ticket, *beside]
+        n_cells = sum(one.n_rows for one in rows) * max(one.n_columns for one in rows)
+        return n_cells <= self.limits.n_cells
 
     def _chunk(self, unread: list[Ticket], n_writing: int) -> tuple[tuple[Ticket, int], ...]:
         """Who is read now, and how far: the first as far as it goes, and beside it whoever makes good use of a chunk
@@ -150,15 +165,19 @@ class Scheduler:
         budget = self.limits.chunk if len(unread) > n_writing else self.limits.small_chunk
         if self._n_chunks % 2:
             unread = sorted(unread, key=lambda ticket: ticket.n_left)
-        width = least = min(unread[0].n_left, budget)
         rows = unread[:1]
-        for n_rows in range(2, min(len(unread), budget // least) + 1):
-            wider = min(max(ticket.n_left for ticket in unread[:n_rows]), budget // n_rows)
-            if _worth(unread[:n_rows], wider) > _worth(rows, width):
-                rows, width = unread[:n_rows], wider
+        width = least = min(unread[0].n_left, max(1, budget // unread[0].n_rows))
+        n_rows = unread[0].n_rows
+        for n_tickets, ticket in enumerate(unread[1:], 2):
+            n_rows += ticket.n_rows
+            if n_rows * least > budget:
+                break
+            wider = min(max(ticket.n_left for ticket in unread[:n_tickets]), budget // n_rows)
+            if _worth(unread[:n_tickets], wider) > _worth(rows, width):
+                rows, width = unread[:n_tickets], wider
         return tuple((ticket, min(ticket.n_left, width)) for ticket in rows)
 
 
 def _worth(tickets: Sequence[Ticket], width: int) -> int:
     """The tokens that a chunk of this width reads, less its padding."""
-    return 2 * sum(min(ticket.n_left, width) for ticket in tickets) - width * len(tickets)
+    return sum(ticket.n_rows * (2 * min(ticket.n_left, width) - width) for ticket in tickets)

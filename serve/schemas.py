@@ -1,21 +1,27 @@
-"""What a chat request may say, field by field as OpenAI's API names them, and what an answer looks like.
+"""What requests may say, field by field as OpenAI's API names them.
 
 Everything is bounded here. A field of OpenAI's that this version does not have is refused unless it asks for nothing;
 one that cannot change the answer is taken and reported as unused.
 """
 
-import json
 import re
 import unicodedata
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from serve.refusal import Refusal, unsupported
+from serve.reading import Strict, read_model, without
 
 N_MESSAGES = 256
 N_STOPS = 4
+N_CHOICES = 16
+N_TOP = 20
+N_BIASED = 300
+N_MEMBERS = 16
+N_TEXTS = 64
+N_LABELS = 64
+CONVERSATION = r"^[A-Za-z0-9_-]{16,64}$"
 
 # Fields that cannot change an answer here.
 UNUSED = (
@@ -30,18 +36,12 @@ UNUSED = (
 
 # OpenAI's fields that this version does not have, each with the values that ask for nothing (null always does).
 WITHOUT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -59,14 +59,9 @@ WITHOUT_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "annotations": ([],),
 }
+WITHOUT_IN_COMPLETION: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "best_of": (1,)}
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class Strict(BaseModel):
-    """Every part of a request: no field it does not know, no type but the named one, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+_TOKEN_ID = re.compile(r"[0-9]{1,7}")
 
 
 class Message(Strict):
@@ -78,7 +73,7 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: object) -> object:
-        return _without(value, WITHOUT_IN_MESSAGE)
+        return without(value, WITHOUT_IN_MESSAGE)
 
     @field_validator("role", mode="before")
     @classmethod
@@ -105,19 +100,48 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class Chat(Strict):
-    """A request to /v1/chat/completions. `maltu.unused` of the answer names what was taken and has no effect."""
+class Options(Strict):
+    """What only this server has.
 
-    model: str = Field(min_length=1, max_length=200)
-    messages: list[Message] = Field(min_length=1, max_length=N_MESSAGES)
+    mix and vote: who answers, where `model` says mix or vote. over: what a mixture averages. truncation: auto leaves
+    out the oldest turns of a conversation that does not fit. conversation: the client's own id of it, for deleting what
+    was stored of it later.
+    """
+
+    mix: dict[str, float] | None = Field(None, min_length=1, max_length=N_MEMBERS)
+    over: Literal["logprob", "prob"] | None = None
+    vote: list[str] | None = Field(None, min_length=1, max_length=N_MEMBERS)
+    truncation: Literal["auto", "disabled"] | None = None
+    conversation: str | None = Field(None, pattern=CONVERSATION)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Options":
+        if self.mix is not None and self.vote is not None:
+            raise PydanticCustomError("invalid", "mix and vote exclude each other")
+        if self.over is not None and self.mix is None:
+            raise PydanticCustomError("invalid", "over: only with mix")
+        return self
+
+
+class Sampled(Strict):
+    """What requests for an answer share. `maltu.unused` of the answer names what was taken and has no effect."""
+
+    model: str = Field(min_length=1, max_length=1000)
+    n: int | None = Field(None, ge=1, json_schema_extra={"maximum": N_CHOICES}, description="answers, side by side")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0.0, le=2.0, description="0 always takes the likeliest token")
     top_p: float | None = Field(None, ge=0.0, le=1.0)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
+    top_k: int | None = Field(None, ge=0, le=10**6, description="0: all")
+    min_p: float | None = Field(None, ge=0.0, lt=1.0)
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, description="1 changes nothing")
+    logit_bias: dict[str, float] | None = Field(None, max_length=N_BIASED, description="token id to -100 … 100")
+    max_tokens: int | None = Field(None, ge=1)
     stop: list[str] | None = Field(None, max_length=N_STOPS, description=f"a string, or at most {N_STOPS}")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    maltu: Options | None = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -125,11 +149,6 @@ class Chat(Strict):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, value: object) -> object:
-        return _without(value, WITHOUT)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -143,27 +162,37 @@ class Chat(Strict):
             raise PydanticCustomError("invalid", "each has 1 to 200 characters")
         return value
 
-    @field_validator("max_tokens", "max_completion_tokens")
+    @field_validator("max_tokens", "max_completion_tokens", "n", check_fields=False)
     @classmethod
     def _bounded(cls, value: int | None, info: ValidationInfo) -> int | None:
-        limit = (info.context or {}).get("max_tokens")
+        limit = N_CHOICES if info.field_name == "n" else (info.context or {}).get("max_tokens")
         if value is not None and limit is not None and value > limit:
             raise PydanticCustomError("integer_above_max_value", "at most {limit} here", {"limit": limit})
         return value
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _biased(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token, bias in (value or {}).items():
+            if not _TOKEN_ID.fullmatch(token) or not -100.0 <= bias <= 100.0:
+                raise PydanticCustomError("invalid", "maps token ids, as strings, to numbers from -100 to 100")
+        return value
+
     @model_validator(mode="after")
-    def _agrees(self) -> "Chat":
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise PydanticCustomError("invalid", "max_tokens and max_completion_tokens disagree; send one")
+    def _streams(self) -> "Sampled":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("invalid", "stream_options: only where stream is true")
         return self
 
     @property
-    def limit(self) -> int | None:
-        """The tokens asked for, under either name."""
-        return self.max_completion_tokens or self.max_tokens
+    def bias(self) -> dict[int, float]:
+        """What is added to the logits of which tokens."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def unused(self) -> list[str]:
@@ -173,51 +202,114 @@ class Chat(Strict):
         return [*found, *(["stream_options.include_obfuscation"] if hides else [])]
 
 
+class Chat(Sampled):
+    """A request to /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=N_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=N_TOP)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: object) -> object:
+        return without(value, WITHOUT)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Chat":
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError("invalid", "max_tokens and max_completion_tokens disagree; send one")
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("invalid", "top_logprobs: only where logprobs is true")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens asked for, under either name."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many likeliest tokens beside the chosen one; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class Completion(Sampled):
+    """A request to /v1/completions: running text that goes on, without the template of a conversation."""
+
+    prompt: list[str] = Field(min_length=1, max_length=N_CHOICES, description="a string, or several")
+    logprobs: int | None = Field(None, ge=0, le=N_TOP)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: object) -> object:
+        return without(value, WITHOUT_IN_COMPLETION)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        if isinstance(value, list) and value and all(isinstance(one, int | list) for one in value):
+            raise PydanticCustomError("unsupported", "only text, no token ids")
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("prompt")
+    @classmethod
+    def _said(cls, value: list[str]) -> list[str]:
+        if not all(value):
+            raise PydanticCustomError("invalid", "an empty prompt leaves nothing to go on from")
+        return [unicodedata.normalize("NFC", text) for text in value]
+
+    @model_validator(mode="after")
+    def _few(self) -> "Completion":
+        if len(self.prompt) * (self.n or 1) > N_CHOICES:
+            raise PydanticCustomError("invalid", f"prompts times n: at most {N_CHOICES}")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens asked for."""
+        return self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """See Chat."""
+        return self.logprobs
+
+
+class Classify(Strict):
+    """A request to /v1/classify: which label each text has. labels: those to choose from, where not the run's own."""
+
+    model: str = Field(min_length=1, max_length=1000)
+    input: list[str] = Field(min_length=1, max_length=N_TEXTS, description="a text, or several")
+    labels: list[str] | None = Field(None, min_length=2, max_length=N_LABELS)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("input", "labels")
+    @classmethod
+    def _said(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        composed = [unicodedata.normalize("NFC", text) for text in value or ()]
+        if not all(text.strip() for text in composed):
+            raise PydanticCustomError("invalid", "none of them may be empty")
+        if info.field_name == "labels" and (
+            len(set(composed)) < len(composed) or any(len(label) > 100 for label in composed)
+        ):
+            raise PydanticCustomError("invalid", "different labels, each of at most 100 characters")
+        return composed if value is not None else None
+
+
 def read_chat(body: bytes, max_tokens: int) -> Chat:
-    """A request from its bytes. Raises Refusal: 400, with the first problem as param and code, all in the message."""
-    payload = read_json(body)
-    if not isinstance(payload, dict):
-        raise Refusal(400, "The body is not a JSON object.", "invalid_json")
-    try:
-        return Chat.model_validate(payload, context={"max_tokens": max_tokens})
-    except ValidationError as error:
-        _refuse(error.errors(include_url=False))
+    """See reading.read_model."""
+    return read_model(Chat, body, max_tokens=max_tokens)
 
 
-def read_json(body: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no endless nesting. Raises Refusal: 400 invalid_json."""
-    try:
-        text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_number)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()  # fails on one half of a pair, which is no character
-        return value
-    except UnicodeError:
-        raise Refusal(400, "The body is not UTF-8 all through.", "invalid_json") from None
-    except RecursionError:
-        raise Refusal(400, "The body nests too deeply.", "invalid_json") from None
-    except ValueError as error:
-        raise Refusal(400, f"The body is not JSON: {error}.", "invalid_json") from None
-
-
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
-
-
-def _without(value: object, absent: dict[str, tuple[Any, ...]]) -> object:
-    """`value` less the fields that ask for nothing. Raises where one asks for what this version does not have."""
-    if not isinstance(value, dict):
-        return value
-    for name, nothings in absent.items():
-        asked = value.get(name)
-        if asked is not None and not any(_is_same(asked, nothing) for nothing in nothings):
-            says = f"only {json.dumps(nothings[0])} is in this version" if nothings else "not in this version"
-            raise PydanticCustomError("without", says, {"name": name})
-    return {name: inner for name, inner in value.items() if name not in absent}
-
-
-def _is_same(value: object, other: object) -> bool:
-    return type(value) is type(other) and value == other
+def read_completion(body: bytes, max_tokens: int) -> Completion:
+    """See reading.read_model."""
+    return read_model(Completion, body, max_tokens=max_tokens)
 
 
 def _text_of(part: object) -> str:
@@ -228,35 +320,3 @@ def _text_of(part: object) -> str:
     if isinstance(kind, str) and kind != "text":
         raise PydanticCustomError("unsupported", "only text parts are in this version")
     raise PydanticCustomError("invalid", "a content part is {type: text, text: …}")
-
-
-_CODES = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unsupported_parameter",
-    "unsupported": "unsupported_parameter",
-    "without": "unsupported_parameter",
-    "integer_above_max_value": "integer_above_max_value",
-}
-
-
-def _refuse(errors: list[ErrorDetails]) -> NoReturn:
-    problems = [(_where(error), _says(error), error["type"]) for error in errors]
-    param, _, kind = problems[0]
-    shown = "; ".join(f"{where}: {says}" if where else says for where, says, _ in problems[:5])
-    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    if _CODES.get(kind) == "unsupported_parameter":
-        raise unsupported(param, f"{shown}{more}.")
-    raise Refusal(400, f"{shown}{more}.", _CODES.get(kind, "invalid_value"), param or None)
-
-
-def _where(error: ErrorDetails) -> str:
-    """The place of a problem as OpenAI writes it: messages[0].content."""
-    place = [*error["loc"], *([error["ctx"]["name"]] if error["type"] == "without" else [])]
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
-
-
-def _says(error: ErrorDetails) -> str:
-    if error["type"] == "extra_forbidden":
-        return "no field of this API"
-    says = error["msg"]
-    return says[:1].lower() + says[1:]

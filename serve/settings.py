@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.keys import Key, read_keys
+from serve.rates import wrong_rate
 from toolkit.errors import InputError, Problem
 
 COMMAND = "python -m serve"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
-MIN_KEY_LENGTH = 16
+NO_STORE = "none"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides how the server runs. keys: the API keys, none when everybody who reaches it may ask."""
+    """Everything that decides how the server runs.
+
+    keys: the API keys, none when everybody who reaches it may ask; admin_keys: those of who may change what is served.
+    rate: how often one owner may ask. answer_s: how long an answer may take. store: the URL of where feedback lies,
+    None where it is off; keeps: whether conversations are stored too.
+    """
 
     runs: tuple[str, ...]
     folder: Path
@@ -27,7 +34,17 @@ class Settings:
     queue: int
     max_tokens: int
     has_page: bool
-    keys: tuple[str, ...]
+    keys: tuple[Key, ...]
+    admin_keys: tuple[Key, ...] = ()
+    rate: str | None = None
+    answer_s: int = 600
+    store: str | None = None
+    keeps: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody who reaches the address may ask."""
+        return not self.keys
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
         prog=COMMAND,
         description="Serve runs on one base: an OpenAI-compatible API at /v1 and a chat page at /.",
         allow_abbrev=False,
-        epilog="Every flag is also an environment variable: --max-tokens 512 is MALTU_MAX_TOKENS=512.",
+        epilog="Every flag is also an environment variable: --max-tokens 512 is MALTU_MAX_TOKENS=512. "
+        f"Beside serving: {COMMAND} key new, {COMMAND} feedback export, {COMMAND} feedback delete, {COMMAND} openapi.",
     )
     add = command.add_argument
     add("run", nargs="+", metavar="RUN", help="a run folder, or the name of one in --runs")
@@ -48,7 +66,27 @@ def parser() -> argparse.ArgumentParser:
     add("--queue", default=64, metavar="N", help="requests that may wait for a slot; the next gets 429 (default: 64)")
     add("--max-tokens", default=4096, metavar="N", help="the longest answer a request may ask for (default: 4096)")
     add("--no-ui", action="store_true", help="no chat page, the API alone")
-    add("--api-key-file", metavar="FILE", help="API keys, one a line; then every call to /v1 needs one")
+    add(
+        "--answer-seconds",
+        default=600,
+        metavar="N",
+        help="how long an answer may take, waiting included (default: 600)",
+    )
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"hashes of API keys ({COMMAND} key new); every call to /v1 needs one then",
+    )
+    add("--admin-key-file", metavar="FILE", help="hashes of admin keys; without, nothing behind /admin can be reached")
+    add("--rate", metavar="N/PER", help="how often one key, or without keys one address, may ask, as in 60/minute")
+    add(
+        "--store",
+        metavar="URL",
+        help="where feedback lies: sqlite:///FILE, postgresql://…, or none (default: in --runs)",
+    )
+    add(
+        "--keep-conversations", action="store_true", help="store what is asked and answered as well, not feedback alone"
+    )
     add("--allow-open", action="store_true", help="listen beyond this machine without API keys")
     return command
 
@@ -64,8 +102,14 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         "slots": _number(given.slots, "--slots", 1, 1024, problems),
         "queue": _number(given.queue, "--queue", 0, 100_000, problems),
         "max_tokens": _number(given.max_tokens, "--max-tokens", 1, 10_000_000, problems),
+        "answer_s": _number(given.answer_seconds, "--answer-seconds", 1, 86_400, problems),
     }
-    keys = _read_keys(given.api_key_file, problems) if given.api_key_file else ()
+    files = {"--api-key-file": given.api_key_file, "--admin-key-file": given.admin_key_file}
+    keys, admin_keys = (read_keys(file, flag, problems) if file else () for flag, file in files.items())
+    if given.rate is not None and (wrong := wrong_rate(given.rate)):
+        problems.append(Problem("--rate", wrong))
+    if given.store == NO_STORE and given.keep_conversations:
+        problems.append(Problem("--keep-conversations", "there is no store to keep them in. Leave out --store none."))
     if not is_loopback(given.host) and not given.api_key_file and not given.allow_open:
         says = (
             f"{given.host} can be reached from other machines, and there is no API key. Give --api-key-file FILE, or "
@@ -81,8 +125,17 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         device=given.device,
         has_page=not given.no_ui,
         keys=keys,
+        admin_keys=admin_keys,
+        rate=given.rate,
+        store=None if given.store == NO_STORE else given.store or _default_store(Path(given.runs)),
+        keeps=given.keep_conversations,
         **numbers,
     )
+
+
+def _default_store(runs: Path) -> str:
+    """Beside the runs, in a folder of its own."""
+    return f"sqlite:///{(runs / '.store' / 'feedback.db').as_posix()}"
 
 
 def is_loopback(host: str) -> bool:
@@ -122,21 +175,3 @@ def _number(value: object, flag: str, low: int, high: int, problems: list[Proble
     if not low <= number <= high:
         problems.append(Problem(flag, f"{value!r} is no whole number from {low} to {high}."))
     return number
-
-
-def _read_keys(file: str, problems: list[Problem]) -> tuple[str, ...]:
-    """The keys of a file: one a line; empty lines and those that start with # say nothing."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem("--api-key-file", f"{file} cannot be read ({error})."))
-        return ()
-    keys = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"}
-    if not keys:
-        says = f"{file} holds no key. Write one a line, {MIN_KEY_LENGTH} characters or more."
-        problems.append(Problem("--api-key-file", says))
-    short = ", ".join(str(number) for number, key in keys.items() if len(key) < MIN_KEY_LENGTH)
-    if short:
-        says = f"{file}, line {short}: a key has {MIN_KEY_LENGTH} characters or more, so that nobody guesses it."
-        problems.append(Problem("--api-key-file", says))
-    return tuple(keys.values())

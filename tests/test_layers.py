@@ -10,21 +10,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, int] = {
     "toolkit.errors": -1, "toolkit.shipped": 0, "toolkit.disk": 0, "toolkit.quiet": 0,
-    "toolkit.recipe": 1, "toolkit.bundle": 1, "toolkit.track": 1,
+    "toolkit.recipe": 1, "toolkit.bundle": 1, "toolkit.trackers": 2, "toolkit.track": 3,
     "toolkit.evaluate.metrics": 1, "toolkit.evaluate.levels": 1,
     "toolkit.adapters": 2, "toolkit.bases": 2,
     "toolkit.corpus": 3, "toolkit.card": 3,
+    "toolkit.sampling": 1, "toolkit.writing": 2,
     "toolkit.stack": 4, "toolkit.loaded": 4,
     "toolkit.generate": 5, "toolkit.score": 5,
     "toolkit.combine": 6, "toolkit.evaluate": 6,
     "toolkit.fit": 7,
     "toolkit.search": 8,
     "toolkit.ensemble": 9,
-    "toolkit.choose": 10, "toolkit.report": 10, "toolkit.check": 10, "toolkit.start": 10, "toolkit.judge": 10,
+    "toolkit.report": 10, "toolkit.check": 10, "toolkit.start": 10, "toolkit.judge": 10,
     "toolkit.chat": 10, "toolkit.export": 10, "toolkit.spoken": 10,
-    "toolkit.steps": 11,
-    "toolkit.pipeline": 12, "toolkit.searching": 12,
-    "toolkit.train": 13, "toolkit.__main__": 14,
+    "toolkit.steps": 11, "toolkit.choose": 11, "toolkit.jury": 11,
+    "toolkit.labelling": 12,
+    "toolkit.pipeline": 13, "toolkit.searching": 13, "toolkit.combining": 14,
+    "toolkit.train": 15, "toolkit.__main__": 16,
     "serve": 20,
 }  # fmt: skip
 SERVE_MAY_IMPORT = 6

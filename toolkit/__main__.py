@@ -14,11 +14,14 @@ VERBS = {
     "train": ("toolkit.train", "train what a recipe says"),
     "evaluate": ("toolkit.judge", "measure a run on its held-out talk, or on files"),
     "chat": ("toolkit.chat", "talk to a run in the terminal"),
+    "choose": ("toolkit.choose.command", "compare the bases that a recipe names, on its talk"),
     "spoken": ("toolkit.spoken", "say how spoken the text of data files is"),
+    "compare": ("toolkit.report.command", "put finished runs side by side, or write one run's report again"),
+    "sync": ("toolkit.trackers.send", "send what wandb wrote offline into runs"),
     "export": ("toolkit.export", "write a run as a plain model, or send it to a hub"),
     "serve": ("toolkit.__main__", "serve runs over HTTP with a chat page"),
 }
-LATER = ("choose", "compare", "sync")
+LATER: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

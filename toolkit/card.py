@@ -29,11 +29,16 @@ def show_result(run: Run, console: Console) -> None:
             if old is not None:
                 console.print(f"    base   {_plain(old['answer'])}", highlight=False)
             console.print(f"    now    {_plain(new['answer'])}\n", highlight=False)
-    path, samples = shlex.quote(str(run.path)), shlex.quote(str(run.path / "samples.md"))
+    path, samples, page = (shlex.quote(str(run.path / name)) for name in ("", "samples.md", "report.html"))
+    whole = f"\n       {page}: all of it on one page" if (run.path / "report.html").exists() else ""
+    if _labels_alone(run.facts()):
+        line = f"Next:  python -m toolkit evaluate {path} --data FILE      label other texts; it cannot talk, but vote"
+        console.print(line + whole, highlight=False, markup=False, soft_wrap=True)
+        return
     console.print(
         f"Next:  python -m toolkit chat {path}      talk to it\n"
         f"       python -m serve {path}             serve it, with a page\n"
-        f"       {samples}: every answer, before and after",
+        f"       {samples}: every answer, before and after{whole}",
         highlight=False,
         markup=False,
         soft_wrap=True,  # a path broken in two cannot be copied
@@ -143,8 +148,7 @@ Trained with Maltu {around["versions"]["maltu"]}: `{facts["command"]}`
 
 ## Use it
 
-    python -m toolkit chat RUN
-    python -m serve RUN
+{_use_lines(facts)}
 {_load_lines(run, base, is_whole)}
 {section and section.strip() + chr(10) * 2}## Data
 
@@ -189,9 +193,27 @@ def _parts_line(parts: dict[str, int]) -> str:
     return f"{learned}; no held-out talk"
 
 
+def _labels_alone(facts: dict[str, Any]) -> bool:
+    """Whether the run's base labels texts and cannot talk."""
+    return bool(facts["base"].get("kind") == "encoder")
+
+
+def _use_lines(facts: dict[str, Any]) -> str:
+    if _labels_alone(facts):
+        return "    python -m toolkit evaluate RUN --data FILE\n\nIt labels texts; it cannot talk."
+    return "    python -m toolkit chat RUN\n    python -m serve RUN"
+
+
 def _load_lines(run: Run, base: dict[str, Any], is_whole: bool) -> str:
+    if base.get("kind") == "encoder":
+        return "\nIn Python: `toolkit.loaded.load_labeller(RUN)`; `adapters/main` is a plain folder of PEFT.\n"
     if is_whole:
         return '\nIn Python: `AutoModelForCausalLM.from_pretrained("RUN/model")`.\n'
+    if not run.adapter().is_dir():
+        return (
+            "\nIn Python: `toolkit.combine.speaker.open_speaker(RUN)`; of one expert"
+            " `toolkit.loaded.load_run(RUN, adapter=NAME)`.\n"
+        )
     config = run.adapter() / "adapter_config.json"
     if "peft_type" in json.loads(config.read_text(encoding="utf-8")):
         return '\nIn Python: `PeftModel.from_pretrained(base_model, "RUN/adapters/main")`.\n'

@@ -20,6 +20,8 @@ from toolkit.corpus.talk import Turn
 from toolkit.errors import InputError, Problem
 
 if TYPE_CHECKING:
+    from toolkit.combine.route import Choice
+    from toolkit.combine.speaker import Speaker
     from toolkit.generate import Answer, Sampling
     from toolkit.loaded import LoadedRun
 
@@ -33,17 +35,22 @@ ROOM_SHARE = 4  # at least one part in this many of the context stays free for t
 
 @dataclass
 class Conversation:
-    """The turns so far, and who answers them. `has_forgotten`: whether old turns were left out since the start."""
+    """The turns so far, and who answers them. `has_forgotten`: whether old turns were left out since the start.
+
+    speaker: of a run whose adapters answer together; choice: whom its router sent the talk to.
+    """
 
     loaded: "LoadedRun"
     sampling: "Sampling"
     system: str | None = None
+    speaker: "Speaker | None" = None
+    choice: "Choice | None" = None
     turns: list[Turn] = field(default_factory=list)
     has_forgotten: bool = False
 
     def clear(self) -> None:
         """Forget everything but the system turn."""
-        self.turns, self.has_forgotten = [], False
+        self.turns, self.has_forgotten, self.choice = [], False, None
 
     def prompt(self) -> list[int]:
         """The ids that ask for the next answer; drops the oldest turns until an answer has room.
@@ -52,7 +59,8 @@ class Conversation:
         """
         from toolkit.adapters.opened import open_model
 
-        context = self.loaded.base.context - open_model(self.loaded.model).n_prefix
+        n_prefix = open_model(self.loaded.model).n_prefix if self.speaker is None else self.speaker.n_prefix
+        context = self.loaded.base.context - n_prefix
         room = context - min(self.sampling.max_tokens, context // ROOM_SHARE)
         first = [Turn("system", self.system)] if self.system else []
         while True:
@@ -71,8 +79,17 @@ class Conversation:
         from toolkit.generate import stream
 
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns))
-        model, tokenizer = self.loaded.model, self.loaded.base.tokenizer
-        answer = yield from stream(model, tokenizer, self.prompt(), sampling, is_cancelled, self.loaded.ends)
+        prompt, tokenizer = self.prompt(), self.loaded.base.tokenizer
+        if self.speaker is None:
+            answer = yield from stream(self.loaded.model, tokenizer, prompt, sampling, is_cancelled, self.loaded.ends)
+        elif self.speaker.is_whole:  # nothing can be shown before all have answered
+            answer = self.speaker.answer([self.turns], sampling)[0]
+            yield answer.text
+        else:
+            if self.speaker.spec.kind == "route":
+                self.choice = self.speaker.pick([self.turns], [self.choice])[0]
+            with self.speaker.opened(self.choice) as model:
+                answer = yield from stream(model, tokenizer, prompt, sampling, is_cancelled, self.loaded.ends)
         if answer.text.strip():
             self.turns.append(Turn("assistant", answer.text))
         else:
@@ -84,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `chat`."""
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--adapter", metavar="NAME", help="one expert of a run that has several")
     parser.add_argument("--system", metavar="TEXT", help="a system turn in front of the talk")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest word (default: the run's own)")
     parser.add_argument(
@@ -96,11 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Answer lines until there are none. Raises MaltuError for a run that cannot be opened."""
-    from toolkit.loaded import load_run
-
-    models = {arguments.base: load_run(arguments.run, arguments.device, with_adapter=not arguments.base)}
-    talk = Conversation(models[arguments.base], _sampling(arguments, models[arguments.base]), arguments.system)
     is_base = arguments.base
+    opened = {is_base: _open(arguments, is_base)}
+    loaded, speaker = opened[is_base]
+    talk = Conversation(loaded, _sampling(arguments, loaded), arguments.system, speaker)
     _tell(f"{_named(talk.loaded, is_base)}. {'; '.join(f'{word}: {says}' for word, says in COMMANDS.items())}.")
     try:
         for line in lines_of():
@@ -110,9 +127,10 @@ def chat(arguments: argparse.Namespace) -> int:
                 talk.clear()
             elif line == "/base":
                 is_base = not is_base
-                if is_base not in models:
-                    models[is_base] = load_run(arguments.run, arguments.device, with_adapter=not is_base)
-                talk.loaded = models[is_base]
+                if is_base not in opened:
+                    opened[is_base] = _open(arguments, is_base)
+                talk.loaded, talk.speaker = opened[is_base]
+                talk.choice = None
                 _tell(f"From now on: {_named(talk.loaded, is_base)}.")
             elif line.startswith("/"):
                 _tell(f"{line.split()[0]}: no command. There are {', '.join(COMMANDS)}.")
@@ -123,9 +141,21 @@ def chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _open(arguments: argparse.Namespace, is_base: bool) -> "tuple[LoadedRun, Speaker | None]":
+    """The run, or its bare base; with the speaker of a run whose adapters answer together."""
+    from toolkit.combine.speaker import open_speaker, speaks
+    from toolkit.loaded import load_run
+
+    if not is_base and arguments.adapter is None and speaks(arguments.run):
+        speaker, loaded = open_speaker(arguments.run, arguments.device)
+        return loaded, speaker
+    named = arguments.adapter or "main"
+    return load_run(arguments.run, arguments.device, named, with_adapter=not is_base), None
+
+
 def _exchange(talk: Conversation, line: str) -> None:
     """One line of the user and the answer to it, written as it comes."""
-    knew = talk.has_forgotten
+    knew, before = talk.has_forgotten, talk.choice
     talk.turns.append(Turn("user", unicodedata.normalize("NFC", line)))
     try:
         with interrupts() as is_interrupted:
@@ -137,6 +167,8 @@ def _exchange(talk: Conversation, line: str) -> None:
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if talk.choice is not None and (before is None or talk.choice.expert != before.expert):
+        _tell(f"({talk.choice.expert or 'the bare base'} answers)")
     if talk.has_forgotten and not knew:
         _tell("The talk has grown too long for this base: its oldest turns are left out from now on.")
 

@@ -91,6 +91,11 @@ def write_folder(path: Path, fill: Callable[[Path], object], marker: bool = Fals
         raise problem from (None if problem is failed else failed)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of a folder, there whole or not at all. Raises: DiskError."""
+    write_folder(target, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+
+
 def _is_of_the_disk(failed: BaseException) -> bool:
     """Whether writing failed, and not the writer: torch.save reports a full disk as a RuntimeError."""
     said = str(failed)

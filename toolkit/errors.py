@@ -59,6 +59,10 @@ class AdapterError(MaltuError):
     exit_code = 2
 
 
+class AloneError(AdapterError):
+    """An adapter that no stack can hold, and that does what it should on a model of its own."""
+
+
 class RunError(MaltuError):
     """A run folder that is locked, changed, unfinished or damaged."""
 

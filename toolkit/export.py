@@ -13,6 +13,8 @@ from torch import nn
 
 from toolkit.adapters.contract import Kind
 from toolkit.adapters.kinds import kind_in_folder
+from toolkit.bundle import open_run
+from toolkit.combine.speaker import MAIN, open_speaker, speaks
 from toolkit.disk import write_folder
 from toolkit.errors import RunError
 from toolkit.loaded import WHOLE_MODEL, load_run
@@ -128,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--to", required=True, metavar="merged|hub:USER/NAME", help="a plain model, or a hub")
     parser.add_argument("--out", type=Path, help="where the plain model goes (default: RUN-merged)")
+    parser.add_argument("--adapter", metavar="NAME", help="with --to merged: one expert of a run that has several")
     parser.add_argument("--public", action="store_true", help="on a hub: visible to everyone")
 
 
@@ -139,7 +142,9 @@ def export(arguments: argparse.Namespace) -> int:
             raise RunError(
                 f"--out {arguments.out}: only with --to merged; to a hub the run goes as it is. Leave it out."
             )
-        load_run(run, "cpu")  # what does not load here must not be sent
+        if arguments.adapter is not None:
+            raise RunError("--adapter: only with --to merged; to a hub the run goes as it is. Leave it out.")
+        _check(run)  # what does not load here must not be sent
         sys.stdout.write(f"{push_to_hub(run, arguments.to, public=arguments.public)}\n")
         return 0
     if arguments.to != "merged":
@@ -149,12 +154,34 @@ def export(arguments: argparse.Namespace) -> int:
     named = run if run.name else run.resolve()  # the run may be the working directory
     out = arguments.out or named.with_name(f"{named.name}-merged")
     whole = run / WHOLE_MODEL
+    name = _adapter(run, arguments.adapter)
     loaded = load_run(run, "cpu", with_adapter=whole.is_dir())
     wanted = Exported(loaded.renderer.template, _generation(loaded.sampling), loaded.base.hash)
-    folder = whole if whole.is_dir() else loaded.run.adapter()
+    folder = whole if whole.is_dir() else loaded.run.adapter(name)
     export_merged(loaded.base.model, loaded.base.tokenizer, kind_in_folder(folder), folder, out, wanted)
     sys.stdout.write(f"{out}: a plain model; AutoModelForCausalLM.from_pretrained opens it.\n")
     return 0
+
+
+def _check(run: Path) -> None:
+    """Open the run whole. Raises: what opening it raises."""
+    if speaks(run):
+        open_speaker(run, "cpu")
+    else:
+        load_run(run, "cpu")
+
+
+def _adapter(run: Path, asked: str | None) -> str:
+    """The adapter to merge in. Raises: RunError for one that is not there, and where several answer together."""
+    there = open_run(run).adapters()
+    if asked is not None and asked not in there:
+        raise RunError(f"--adapter {asked}: {run} has none of that name. There are: {', '.join(there) or 'none'}.")
+    if asked is None and speaks(run):
+        raise RunError(
+            f"{run}: several adapters answer together, and no plain model does what they do. Export one with --adapter"
+            f" NAME ({', '.join(there)}), or train with combine: {{kind: merge}}."
+        )
+    return asked or MAIN
 
 
 def _generation(sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,20 +13,23 @@ from rich.console import Console
 from torch import nn
 
 from toolkit import bundle, disk
+from toolkit.adapters.opened import Opened
 from toolkit.bases.load import LoadedBase
 from toolkit.bases.spoken import FACTS
 from toolkit.bundle import Run
 from toolkit.card import compared, show_numbers
+from toolkit.combine.speaker import open_speaker, speaks
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk
+from toolkit.ensemble.subjects import Combined, Table
 from toolkit.errors import BaseError, DataError, Problem, RunError
-from toolkit.evaluate.spoken import PairBits, bits_on_pairs, read_pairs, some_pairs, spoken_numbers
+from toolkit.evaluate.encoder import Labeller, readable
+from toolkit.evaluate.spoken import PairBits, read_pairs, some_pairs, spoken_numbers
+from toolkit.evaluate.subject import OneModel, Subject
 from toolkit.evaluate.talk import (
     Prompt,
     Sample,
-    answer_prompts,
-    held_out_loss,
     measure,
     measure_by_language,
     read_prompts,
@@ -35,19 +38,21 @@ from toolkit.evaluate.talk import (
 from toolkit.fit.plan import is_new
 from toolkit.fit.prepare import cut_row
 from toolkit.generate import Sampling
-from toolkit.loaded import LoadedRun, load_run
+from toolkit.loaded import LoadedRun, is_labeller, load_labeller, load_run
 from toolkit.recipe.model import Data, Recipe
 from toolkit.shipped import resolve, shipped
 
 ANSWER_TOKENS = 60  # answers longer than this count as not ended
 N_TEXTS = 100  # held-out texts that text2text writes anew
 N_PAIRS = 100  # of each language, for the metric spoken
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # Which numbers a metric of `evaluate.metrics` stands for, by how their names begin.
 NUMBERS = {
     "loss": ("loss", "content loss"),
     "bits_per_byte": ("bits per byte",),
     "chrf": ("chrf",),
+    "bleu": ("bleu",),
+    "rouge": ("rouge",),
     "distinct_2": ("distinct 2",),
     "repetition": ("repetition",),
     "length": ("mean tokens",),
@@ -59,6 +64,7 @@ NUMBERS = {
     "log_loss": ("log loss", "calibration error"),
 }
 OF_LABELS = ("accuracy", "macro_f1", "log_loss")
+OF_TEXTS = ("chrf", "bleu", "rouge")
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,27 @@ class Judge:
     def __init__(self, task: str, base: LoadedBase, renderer: Renderer, held: Held, sampling: Sampling) -> None:
         self.task, self.base, self.renderer, self.held, self.sampling = task, base, renderer, held, sampling
 
-    def measure(self, model: nn.Module) -> dict[str, Any]:
+    def measure(self, who: nn.Module | Opened | Subject) -> dict[str, Any]:
         """The numbers that are wanted, as JSON: groups of {all, ko, en …}, and the answers themselves."""
-        begins = tuple(begin for metric in self.held.metrics for begin in NUMBERS[metric])
-        found = self._everything(model)
-        return {name: of for name, of in found.items() if name.startswith((*begins, "samples", "baselines"))}
+        found = self._everything(self.subject(who) if isinstance(who, nn.Module | Opened) else who)
+        return _wanted(found, self.held.metrics)
 
-    def _everything(self, model: nn.Module) -> dict[str, Any]:
-        found = self._losses(model)
+    def subject(self, model: nn.Module | Opened) -> Subject:
+        """One model as somebody to measure."""
+        return OneModel(model, self.base.tokenizer, self.renderer)
+
+    def langs(self) -> list[str | None]:
+        """The language of every held-out talk."""
+        return [talk.lang or guess_language(talk) for talk in self.held.talks]
+
+    def _everything(self, who: Subject) -> dict[str, Any]:
+        found = self._losses(who)
         if self.task == "classify":
-            return found | self._labels(model)
+            return found | (label_numbers(who, self.held) if self.held.talks else {})
         prompts = self._prompts()
-        samples = answer_prompts(model, self.base.tokenizer, self.renderer, prompts, self.sampling) if prompts else []
+        samples = who.answers(prompts, self.sampling) if prompts else []
         if "spoken" in self.held.metrics:
-            found |= self._spoken(model, samples)
+            found |= self._spoken(who, samples)
         if not prompts:
             return found
         groups = {"all": measure(samples), **measure_by_language(samples)}
@@ -101,7 +114,12 @@ class Judge:
                 is_korean = name.startswith(("sentences_", "answers_"))
                 if name != "n" and not (is_korean and lang != "ko"):
                     found.setdefault(name.replace("_", " "), {})[lang] = value
-        return found | {"samples": [_as_json(sample) for sample in samples]}
+        found["samples"] = [_as_json(sample) for sample in samples]
+        if self.task == "text2text" and self.held.learned:
+            from toolkit.evaluate.baselines import answer_baselines  # here: scikit-learn is slow
+
+            found["baselines"] = answer_baselines(self.held.learned, prompts)
+        return found
 
     def measure_base(self) -> dict[str, Any]:
         """`measure` of the bare base; kept in the user's cache by hash of all that it depends on."""
@@ -117,15 +135,12 @@ class Judge:
 
     def numbers(self, measured: dict[str, Any]) -> dict[str, float]:
         """Flat numbers for a tracker."""
-        rows = compared({"after": measured})
-        return {f"test/{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
+        return tracked_numbers(measured)
 
     def samples_markdown(self, before: dict[str, Any], after: dict[str, Any]) -> str:
         """samples.md: answers before and after (no before for a base from scratch), or what was taken for what."""
         if "confusion" in after:
-            from toolkit.evaluate.classify import confusion_markdown
-
-            return f"# {len(self.held.talks)} held-out texts, labelled\n\n{confusion_markdown(after['confusion'])}"
+            return labels_markdown(self.held, after)
         prompts = self._prompts()
         new = _as_samples(prompts, after.get("samples", []))
         old = _as_samples(prompts, before.get("samples", [])) or [replace(sample, answer="") for sample in new]
@@ -137,11 +152,10 @@ class Judge:
         room = self.base.context - self.sampling.max_tokens
         return [prompt for prompt in prompts if len(self.renderer.prompt(prompt.turns)) <= room]
 
-    def _losses(self, model: nn.Module) -> dict[str, Any]:
-        if not self.held.rows:
+    def _losses(self, who: Subject) -> dict[str, Any]:
+        measured = who.held_out(self.held.rows, self.langs()) if self.held.rows else None
+        if measured is None:
             return {}
-        langs = [talk.lang or guess_language(talk) for talk in self.held.talks]
-        measured = held_out_loss(model, self.base.tokenizer, self.held.rows, langs)
         groups = {"all": measured, **measured.by_language()}
         return {
             "loss": {lang: of.loss for lang, of in groups.items()},
@@ -149,28 +163,16 @@ class Judge:
             "bits per byte": {lang: of.bits_per_byte for lang, of in groups.items()},
         }
 
-    def _spoken(self, model: nn.Module, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _spoken(self, who: Subject, samples: Sequence[Sample]) -> dict[str, Any]:
         """How spoken the model is, in the languages of what it is judged by."""
         told = [prompt.lang for prompt in self.held.prompts]
-        langs = {lang for lang in (*told, *(talk.lang or guess_language(talk) for talk in self.held.talks)) if lang}
+        langs = {lang for lang in (*told, *self.langs()) if lang}
         pairs = some_pairs([pair for pair in read_pairs() if pair.lang in langs], N_PAIRS)
         as_answer = self.renderer.learn == "assistant"
         bits: dict[str, PairBits] = {}
         with contextlib.suppress(DataError):  # no place for them in the template: a number less, never a run lost
-            bits = bits_on_pairs(model, self.base.tokenizer, self.renderer, pairs, as_answer=as_answer)
+            bits = who.bits(pairs, as_answer=as_answer) or {}
         return spoken_numbers(samples, bits)
-
-    def _labels(self, model: nn.Module) -> dict[str, Any]:
-        if not self.held.talks:
-            return {}
-        from toolkit.evaluate.baselines import baselines  # here: scikit-learn is slow
-        from toolkit.evaluate.classify import classify_talks, measure_labels
-
-        said = classify_talks(model, self.renderer, self.held.talks, self.held.labels)
-        measured = measure_labels(self.held.talks, said, self.held.labels)
-        if not self.held.learned:
-            return measured
-        return {**measured, "baselines": baselines(self.held.learned, self.held.talks, self.held.labels)}
 
     def _key(self) -> str:
         base, held = self.base, self.held
@@ -183,6 +185,41 @@ class Judge:
         for of in (held.prompts, held.talks, held.learned):  # with their languages and labels
             digest.update(repr([_content(one) for one in of]).encode())
         return digest.hexdigest()
+
+
+def label_numbers(who: Subject, held: Held) -> dict[str, Any]:
+    """The numbers of labels as JSON, the baselines beside them where there is talk that they may learn from."""
+    from toolkit.evaluate.baselines import baselines  # here: scikit-learn is slow
+    from toolkit.evaluate.classify import measure_labels
+
+    said = who.labelled(held.talks, held.labels)
+    measured: dict[str, Any] = measure_labels(held.talks, said, held.labels)
+    return measured | ({"baselines": baselines(held.learned, held.talks, held.labels)} if held.learned else {})
+
+
+def measured_labels(who: Subject, held: Held) -> dict[str, Any]:
+    """`Judge.measure` for somebody who labels texts and cannot talk."""
+    return _wanted(label_numbers(who, held), held.metrics)
+
+
+def labels_markdown(held: Held, after: dict[str, Any]) -> str:
+    """samples.md of labels: what was taken for what. Empty where that was not asked for."""
+    if "confusion" not in after:
+        return ""
+    from toolkit.evaluate.classify import confusion_markdown
+
+    return f"# {len(held.talks)} held-out texts, labelled\n\n{confusion_markdown(after['confusion'])}"
+
+
+def tracked_numbers(measured: dict[str, Any]) -> dict[str, float]:
+    """Flat numbers for a tracker."""
+    rows = compared({"after": measured})
+    return {f"test/{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
+
+
+def _wanted(found: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    begins = tuple(begin for metric in metrics for begin in NUMBERS[metric])
+    return {name: of for name, of in found.items() if name.startswith((*begins, "samples", "baselines"))}
 
 
 def guess_language(talk: Talk) -> str | None:
@@ -208,8 +245,10 @@ def prompts_of(recipe: Recipe) -> tuple[Prompt, ...]:
 
 
 def metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """The recipe's metrics; a classifier is always told its labels' scores."""
+    """The recipe's metrics; a classifier is always told its labels' scores, what writes text anew how close it came."""
     asked = recipe.evaluate.metrics
+    if recipe.task == "text2text":
+        return tuple(dict.fromkeys((*asked, *OF_TEXTS)))
     return (*asked, *(() if recipe.task != "classify" or set(asked) & set(OF_LABELS) else OF_LABELS))
 
 
@@ -268,6 +307,23 @@ def evaluate(arguments: argparse.Namespace) -> int:
         clean=recipe.data.clean,
     )
     corpus = gather(data, recipe.train.seed, None)
+    if is_labeller(run.facts()):
+        labeller = load_labeller(arguments.run, arguments.device)
+        who = Labeller(labeller.model, labeller.base.tokenizer, labeller.labels)
+        talks = readable(labeller, list(corpus.train))
+        held = Held(tuple(talks), (), (), labeller.labels, (), metrics_of(recipe))
+        too_long = [Rendered([], [], [], "too_long")] * (len(corpus.train) - len(talks))
+        console.print(_left_out(corpus, too_long), highlight=False, soft_wrap=True)
+        show_numbers({"before": {}, "after": measured_labels(who, held)}, run.name, console)
+        return 0
+    if speaks(arguments.run):
+        speaker, loaded = open_speaker(arguments.run, arguments.device)
+        judge, model = _judge_of(recipe, corpus, loaded, console)
+        held = judge.held
+        table = Table(loaded.base, judge.renderer, speaker.stack, held.talks, held.rows, held.labels)
+        found = {"before": judge.measure(model), "after": judge.measure(Combined(table, speaker))}
+        show_numbers(found, run.name, console)
+        return 0
     judge, model = _judge_of(recipe, corpus, load_run(arguments.run, arguments.device), console)
     after = judge.measure(model)
     del judge, model  # the base is loaded anew: memory holds one of them

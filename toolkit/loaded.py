@@ -4,6 +4,7 @@ The door of chat, evaluate, export and the server: they know a run by its folder
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from toolkit.adapters.kinds import kind_in_folder
+from toolkit.bases.encoder import LoadedEncoder, load_encoder
 from toolkit.bases.load import LoadedBase, load_base
 from toolkit.bundle import Run, open_run
 from toolkit.corpus.render import Renderer
@@ -20,6 +22,7 @@ from toolkit.quiet import quiet
 from toolkit.recipe.model import Base
 
 FROM_SCRATCH = "new"  # how run.json calls a base that the run made itself
+ENCODER = "encoder"  # what run.json calls the kind of a base that labels texts
 WHOLE_MODEL = "model"  # where a run keeps its weights when every parameter was trained
 
 
@@ -40,6 +43,19 @@ class LoadedRun:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LoadedLabeller:
+    """A run of an encoder, ready to label texts. `model` is encoder, head and adapter, in eval mode; its outputs stand
+    in the order of `labels`. facts: run.json.
+    """
+
+    run: Run
+    facts: dict[str, Any]
+    base: LoadedEncoder
+    model: nn.Module
+    labels: tuple[str, ...]
+
+
 def pick_device(asked: str = "auto") -> torch.device:
     """The device a word means: auto is a GPU where there is one. Raises BaseError for one that is not there."""
     if asked == "auto":
@@ -57,14 +73,20 @@ def pick_device(asked: str = "auto") -> torch.device:
 def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, with_adapter: bool = True) -> LoadedRun:
     """Open a finished run. `with_adapter=False` gives the bare base, with the run's template.
 
-    Raises: RunError when the folder is no finished run, or its bare base is asked for and it was made from scratch;
-    BaseError when its base cannot be loaded or is another one by
-    now; AdapterError when the adapter does not fit.
+    Raises: RunError when the folder is no finished run, its base labels texts and cannot talk (`load_labeller` opens
+    it), or its bare base is asked for and it was made from scratch; BaseError when its base cannot be loaded or is
+    another one by now; AdapterError when the adapter does not fit.
     """
     run = open_run(path)
     facts = run.finished("base")
-    template, sampling = _read(run, "template.jinja"), _sampling(run)
+    if is_labeller(facts):
+        raise RunError(
+            f"{run.path}: its base is an encoder ({facts['base']['model']}): it labels texts; it cannot talk. `python"
+            " -m toolkit evaluate` measures it, and it can vote with other runs."
+        )
+    template, sampling = rendering_of(run)
     place = pick_device(device)
+    _refuse_several(run, facts, adapter, with_adapter)
     with quiet():
         is_whole = with_adapter and (run.path / WHOLE_MODEL).is_dir()
         named = Base(model=str(run.path / WHOLE_MODEL)) if is_whole else base_of(run, facts)
@@ -78,6 +100,44 @@ def load_run(path: Path | str, device: str = "auto", adapter: str = "main", *, w
     renderer = Renderer(base.tokenizer, template)
     labels = tuple(facts.get("labels", ()))
     return LoadedRun(run, facts, base, model.eval(), renderer, sampling, frozenset(renderer.stop_ids), labels)
+
+
+def _refuse_several(run: Run, facts: dict[str, Any], adapter: str, with_adapter: bool) -> None:
+    """A run that answers with several adapters has none that answers for it."""
+    found = facts.get("combination")
+    if found is None or not with_adapter or adapter in run.adapters():
+        return
+    experts = ", ".join(run.adapters())
+    raise RunError(
+        f"{run.path}: several adapters answer together ({found.get('kind')} of {experts}), so there is no single model"
+        " to open. Name one of them (--adapter NAME), or chat with the run or serve it as it is."
+    )
+
+
+def is_labeller(facts: Mapping[str, Any]) -> bool:
+    """Whether run.json is that of a run whose base is an encoder."""
+    return isinstance(facts.get("base"), dict) and facts["base"].get("kind") == ENCODER
+
+
+def load_labeller(path: Path | str, device: str = "auto") -> LoadedLabeller:
+    """Open a finished run whose base is an encoder.
+
+    Raises: RunError when the folder is none; BaseError when its base cannot be loaded or is another one by now;
+    AdapterError when the adapter does not fit.
+    """
+    run = open_run(path)
+    facts = run.finished("base")
+    labels = tuple(facts.get("labels") or ())
+    if not is_labeller(facts) or len(labels) < 2:
+        raise RunError(f"{run.path}: not a run of an encoder with labels. Open it as one that talks.")
+    place = pick_device(device)
+    folder = run.adapter()
+    with quiet():
+        base = load_encoder(base_of(run, facts), labels, place, _dtype(place), seed=0)
+        base = replace(base, source=facts["base"]["model"])
+        _check_same(base, facts, run)
+        model = kind_in_folder(folder).load(base.model, folder, base_hash=base.hash)
+    return LoadedLabeller(run, facts, base, model.eval(), labels)
 
 
 def base_of(run: Run, facts: dict[str, Any]) -> Base:
@@ -97,6 +157,11 @@ def base_of(run: Run, facts: dict[str, Any]) -> Base:
     return Base(model=model, **{key: named[key] for key in keys if key in named})
 
 
+def rendering_of(run: Run) -> tuple[str, dict[str, Any]]:
+    """A run's template, and its own defaults for sampling. Raises RunError where a file of theirs is damaged."""
+    return _read(run, "template.jinja"), _sampling(run)
+
+
 def _read(run: Run, name: str) -> str:
     try:
         return (run.path / name).read_text(encoding="utf-8")
@@ -114,7 +179,7 @@ def _sampling(run: Run) -> dict[str, Any]:
         ) from broken
 
 
-def _check_same(base: LoadedBase, facts: dict[str, Any], run: Run) -> None:
+def _check_same(base: LoadedBase | LoadedEncoder, facts: dict[str, Any], run: Run) -> None:
     if base.hash != facts["base"]["hash"]:
         raise BaseError(
             f"{facts['base']['model']}: not the base that {run.path} was trained on (its files differ). Bring that base"

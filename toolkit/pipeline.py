@@ -1,45 +1,41 @@
 """A run in order: read this file to know what training does. A search has an order of its own: searching.py."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from toolkit import bundle, disk
 from toolkit.adapters.kinds import kind_of
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
-from toolkit.card import show_result
-from toolkit.errors import Problem, RecipeError
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.display import Display
-from toolkit.fit.fitted import Fitted
 from toolkit.fit.inputs import inputs_of
 from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Job, fit_one
-from toolkit.fit.plan import Plan, count_steps, is_new, make_plan
-from toolkit.fit.prepare import Rows, meet, place_here, said_by_main, shape_of, training_rows
+from toolkit.fit.plan import Plan, is_new, make_plan
+from toolkit.fit.prepare import Rows, place_here, said_by_main, shape_of, training_rows
+from toolkit.labelling import is_for_encoder
+from toolkit.labelling import run as label
 from toolkit.loaded import WHOLE_MODEL
-from toolkit.quiet import quiet
 from toolkit.recipe.model import Recipe
 from toolkit.steps import (
-    INTERRUPTED,
+    Begun,
     Options,
     Ready,
     begin,
     data_facts,
     finish,
+    in_its_folder,
     in_short,
-    is_finished,
     is_main,
     make_judge,
     measured_before,
     prepare,
+    refuse_late,
+    tracking,
 )
-from toolkit.track import Track, open_track
+from toolkit.track import sample_cells
 
 
 def run(recipe: Recipe, options: Options) -> int:
@@ -47,39 +43,16 @@ def run(recipe: Recipe, options: Options) -> int:
 
     Raises MaltuError for everything the user can do something about; a run that raised goes on with the same command.
     """
-    console = Console(quiet=options.quiet or not is_main())
-    folder = Run(options.runs / recipe.name)
-    inputs = inputs_of(recipe)
-    ready: Ready | None = None
-    folder.refuse_foreign()
-    with quiet():
-        if options.fresh and is_main() and folder.path.exists():
-            with folder.locked():
-                ready = prepare(recipe)  # a mistake in data or base leaves the old run in its place
-                console.print(f"The old run lies in {bundle.set_aside(folder)} now.")
-        meet()
-        with folder.locked() if is_main() else contextlib.nullcontext():
-            if is_finished(folder, inputs):
-                if is_main():  # a kill right after the end leaves them
-                    bundle.drop_checkpoints(folder, recipe.train.keep)
-                console.print(f"{folder.path}: finished already, and nothing changed.")
-                show_result(folder, console)
-                return 0
-            fitted = _train(recipe, options, folder, inputs, console, ready or prepare(recipe))
-            if fitted.stopped == "asked":
-                console.print("Stopped. The same command goes on where it stopped.")
-                return INTERRUPTED
-            if is_main():
-                show_result(folder, console)
-    return 0
+    if is_for_encoder(recipe):
+        return label(recipe, options)
+    return in_its_folder(recipe, options, inputs_of(recipe), lambda: prepare(recipe), _train)
 
 
-def _train(
-    recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any], console: Console, ready: Ready
-) -> Fitted:
+def _train(begun: Begun, ready: Ready) -> bool:
+    recipe, options, folder, inputs, console = begun.recipe, begun.options, begun.folder, begun.inputs, begun.console
     corpus, base, renderer, rows = ready.corpus, ready.base, ready.renderer, ready.rows
     console.print(in_short(recipe, base, corpus, rows), highlight=False)
-    goes_on = (folder.path / bundle.RUN_FILE).exists()
+    goes_on = begun.goes_on
     learnable = training_rows(recipe, base, rows)
     plan = _plan(recipe, folder, base, rows, len(learnable))  # the processes meet here, before one of them writes
     judge = make_judge(recipe, base, renderer, corpus, rows)
@@ -90,7 +63,7 @@ def _train(
     if not goes_on:
         plan = find_micro_batch(model, learnable, plan, base.tokenizer.pad_token_id or 0, base.device)
         begin(folder, recipe, options, inputs, plan, renderer, before)
-    with _tracking(folder, recipe, inputs, console) as track:
+    with tracking(begun) as track:
         job = Job(
             recipe=recipe,
             plan=plan,
@@ -103,13 +76,15 @@ def _train(
         )
         fitted = fit_one(job, lambda total: Display(console, total, options.quiet or not is_main()))
         if fitted.stopped == "asked" or not is_main():
-            return fitted
+            return fitted.stopped != "asked"
         model.eval()
         _save_adapter(folder, recipe, base, kind, model)
         after = judge.measure(model)
         disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, after))
         track.log(fitted.steps, **judge.numbers(after))
         track.text(fitted.steps, "samples", judge.samples_markdown(before, after))
+        track.table(fitted.steps, "answers", sample_cells(before, after))
+        track.files(folder.name, folder.adapter() if folder.adapter().is_dir() else folder.path / WHOLE_MODEL)
     results = {"before": before, "after": after}
     finish(
         folder,
@@ -117,32 +92,16 @@ def _train(
         base,
         {**data_facts(corpus, rows), "fit": asdict(fitted), "results": results, "labels": list(judge.held.labels)},
     )
-    return fitted
+    return True
 
 
 def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows, n_learned: int) -> Plan:
     """The plan that the run was begun with, or a new one. n_learned: rows of one epoch, as the weights of files say."""
     if is_main() and (folder.path / bundle.RUN_FILE).exists():
         return said_by_main(Plan(**folder.facts()["plan"]))
-    total = count_steps(n_learned, recipe)[1]
-    late = [step for step in recipe.train.keep if step > total]
-    if late:
-        says = f"step {late[0]} never comes: this run takes {total} steps. Take it out."
-        raise RecipeError(recipe.name, [Problem("train.keep", says)])
+    refuse_late(recipe, n_learned)
     longest = base.context if is_new(recipe) else max(len(row.input_ids) for row in rows.train)
     return said_by_main(make_plan(recipe, shape_of(base.model, base.context), place_here(), longest))
-
-
-@contextlib.contextmanager
-def _tracking(folder: Run, recipe: Recipe, inputs: dict[str, Any], console: Console) -> Iterator[Track]:
-    last = folder.last_checkpoint()
-    step = int(last.name.removeprefix("step-")) if last else 0
-    names = recipe.track if is_main() else ()
-    track = open_track(folder.path, names, inputs["recipe"], step, console.print)
-    try:
-        yield track
-    finally:
-        track.close()
 
 
 def _save_adapter(folder: Run, recipe: Recipe, base: LoadedBase, kind: Any, model: Any) -> None:

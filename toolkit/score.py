@@ -21,13 +21,16 @@ IGNORED = -100
 _HEAD_NUMBERS = 64_000_000  # logits in one batch: 256 MB in float32; a single row may need more
 
 
-def score(model: nn.Module, rows: Sequence[Pair], *, batch_tokens: int = 8192) -> list[list[float]]:
+def score(model: nn.Module | Opened, rows: Sequence[Pair], *, batch_tokens: int = 8192) -> list[list[float]]:
     """For every (prompt, continuation) the log-likelihood of each token of the continuation, in nats.
 
-    Rows with the same prompt share one computation of it (a text and its possible labels, say).
-    Raises: InputError for a row whose prompt is empty, or that the base's context does not hold.
+    Rows with the same prompt share one computation of it (a text and its possible labels, say). What is opened already
+    may be several adapters that answer as one; `batch_tokens` counts the rows of them all.
+    Raises: InputError for a row whose prompt is empty, or that the base's context does not hold, and for adapters that
+    answer a row of their own each.
     """
     with measuring(model) as opened:
+        batch_tokens = _batch_tokens(opened, batch_tokens)
         _check([(prompt, [*prompt, *continuation]) for prompt, continuation in rows], opened)
         owners: dict[tuple[int, ...], list[int]] = {}
         for number, (prompt, continuation) in enumerate(rows):
@@ -47,14 +50,16 @@ def score(model: nn.Module, rows: Sequence[Pair], *, batch_tokens: int = 8192) -
 
 
 def supervised_log_likelihoods(
-    model: nn.Module, rows: Sequence[Pair], *, batch_tokens: int = 8192
+    model: nn.Module | Opened, rows: Sequence[Pair], *, batch_tokens: int = 8192
 ) -> list[list[float]]:
     """For every (ids, labels) the log-likelihood of each label that is not IGNORED, in order, in nats.
 
     A label stands at the position of its own token, as in training; the first position can have none.
-    Raises: InputError for a row with a label at its first position, or that the base's context does not hold.
+    Raises: InputError for a row with a label at its first position, or that the base's context does not hold, and for
+    adapters that answer a row of their own each.
     """
     with measuring(model) as opened:
+        batch_tokens = _batch_tokens(opened, batch_tokens)
         _check([([] if labels and labels[0] != IGNORED else [0], ids) for ids, labels in rows], opened)
         return _of_rows(opened, rows, batch_tokens)
 
@@ -65,6 +70,14 @@ class _Shared:
 
     prompt: tuple[int, ...]
     rows: tuple[int, ...]
+
+
+def _batch_tokens(opened: Opened, asked: int) -> int:
+    """How many tokens of rows share a batch, where one row may be computed several times."""
+    if not opened.takes_any_row:
+        says = "they answer a row of their own each, and scoring takes rows in any order. Score each of them alone."
+        raise InputError("adapters to score with", [Problem("", says)])
+    return max(1, asked // opened.n_members)
 
 
 def _check(rows: Sequence[Pair], opened: Opened) -> None:
@@ -86,7 +99,7 @@ def _with_labels(prompt: Sequence[int], continuation: Sequence[int]) -> Pair:
 
 def _of_rows(opened: Opened, rows: Sequence[Pair], batch_tokens: int) -> list[list[float]]:
     found: list[list[float]] = [[] for _ in rows]
-    for batch in _row_batches(rows, batch_tokens, opened.n_vocabulary):
+    for batch in _row_batches(rows, batch_tokens, opened.n_vocabulary * opened.n_members):
         ids_BT, mask_BT = _right_padded([rows[number][0] for number in batch], opened.device)
         labels_BT, _ = _right_padded([rows[number][1] for number in batch], opened.device, IGNORED)
         after_BT = torch.cat([labels_BT[:, 1:], torch.full_like(labels_BT[:, :1], IGNORED)], dim=1)
@@ -98,14 +111,17 @@ def _of_rows(opened: Opened, rows: Sequence[Pair], batch_tokens: int) -> list[li
     return found
 
 
-def _row_batches(rows: Sequence[Pair], batch_tokens: int, n_vocabulary: int) -> Iterator[list[int]]:
-    """Numbers of rows that share a batch, shortest first; rows without a supervised token are left out."""
+def _row_batches(rows: Sequence[Pair], batch_tokens: int, n_logits: int) -> Iterator[list[int]]:
+    """Numbers of rows that share a batch, shortest first; rows without a supervised token are left out.
+
+    `n_logits`: numbers that the head gives for each supervised token.
+    """
     n_kept = [sum(label != IGNORED for label in labels) for _, labels in rows]
     batch: list[int] = []
     kept = 0
     for number in sorted((number for number, n in enumerate(n_kept) if n), key=lambda number: len(rows[number][0])):
         too_wide = (len(batch) + 1) * len(rows[number][0]) > batch_tokens
-        if batch and (too_wide or (kept + n_kept[number]) * n_vocabulary > _HEAD_NUMBERS):
+        if batch and (too_wide or (kept + n_kept[number]) * n_logits > _HEAD_NUMBERS):
             yield batch
             batch, kept = [], 0
         batch.append(number)

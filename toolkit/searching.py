@@ -51,8 +51,9 @@ from toolkit.steps import (
     finish,
     in_short,
     make_judge,
+    show_finished,
 )
-from toolkit.track import open_track
+from toolkit.track import config_of, open_track, sample_cells
 
 JOIN_S = 120.0  # how long a worker waits for the leader to begin
 LOOK_S = 0.2
@@ -94,8 +95,7 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         return run(recipe, Options(options.runs, False, options.quiet, options.command))
     if _is_finished(recipe, folder, inputs):
         bundle.drop_checkpoints(folder, ())
-        console.print(f"{folder.path}: finished already, and nothing changed.")
-        show_result(folder, console)
+        show_finished(folder, console)
         return 0
     split = _split(recipe)
     others = _helpers(options, folder, split)
@@ -260,9 +260,8 @@ def _result(recipe: Recipe, folder: Run, ground: Ground, found: Found, console: 
     target = _take_over(folder, found)  # before anything that takes long: a worker that joins may find a better one
     before = judge.measure_base()
     after = judge.measure(_worn(target, ground))
-    samples = judge.samples_markdown(before, after)
-    disk.write_text(folder.path / "samples.md", samples)
-    _track(recipe, folder, found, judge.numbers(after), samples, console.print)
+    disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, after))
+    _track(recipe, folder, found, judge, {"before": before, "after": after}, console.print)
     facts = {
         **data_facts(corpus, rows),
         "fit": asdict(found.fitted),
@@ -316,15 +315,18 @@ def _track(
     recipe: Recipe,
     folder: Run,
     found: Found,
-    numbers: dict[str, float],
-    samples: str,
+    judge: Judge,
+    results: dict[str, dict[str, Any]],
     warn: Callable[[str], None],
 ) -> None:
     """A line a trial, in the order of their numbers, then the result."""
-    track = open_track(folder.path, recipe.track, found.facts, -1, warn)  # all of them, from trial 0 on
+    config = {**config_of(folder.facts()["inputs"]), **{f"found.{key}": of for key, of in found.facts.items()}}
+    track = open_track(folder.path, recipe.track, config, -1, warn)  # all of them, from trial 0 on
     for number, values in found.history:
         track.log(number, **values)
     last = found.history[-1][0] + 1 if found.history else 1
-    track.log(last, **numbers)
-    track.text(last, "samples", samples)
+    track.log(last, **judge.numbers(results["after"]))
+    track.text(last, "samples", judge.samples_markdown(**results))
+    track.table(last, "answers", sample_cells(**results))
+    track.files(folder.name, folder.adapter() if folder.adapter().is_dir() else folder.path / WHOLE_MODEL)
     track.close()

@@ -2,28 +2,43 @@
 in order.
 """
 
+import contextlib
 import json
 import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from toolkit import bundle, disk
+from toolkit.bases.encoder import LoadedEncoder
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
-from toolkit.card import write_card
+from toolkit.card import show_result, write_card
 from toolkit.corpus.gather import Corpus, gather
-from toolkit.corpus.render import Renderer
-from toolkit.errors import RunError
+from toolkit.corpus.manner import manner_by_role, some_of
+from toolkit.corpus.render import Rendered, Renderer
+from toolkit.errors import BaseError, MaltuError, Problem, RecipeError, RunError
 from toolkit.evaluate.classify import label_set
+from toolkit.fit.classify import LabelRows
 from toolkit.fit.inputs import refuse_changed, surroundings
-from toolkit.fit.plan import Plan, is_new
-from toolkit.fit.prepare import Rows, make_renderer, open_base, render_rows
+from toolkit.fit.memory import peak_mb
+from toolkit.fit.plan import Plan, count_steps, is_new
+from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, render_rows
 from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
+from toolkit.loaded import ENCODER
+from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
 from toolkit.recipe.show import to_yaml
+from toolkit.report.write import REPORT, write_report
+from toolkit.track import Track, config_of, open_track
 
 INTERRUPTED = 130
+PARTS = ("train", "valid", "test")
+N_SCORED = 500  # conversations that the spoken score looks at
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,67 @@ def prepare(recipe: Recipe) -> Ready:
     base = open_base(recipe, corpus)
     renderer = make_renderer(recipe, base)
     return Ready(corpus, base, renderer, render_rows(recipe, renderer, corpus))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose folder this process holds: what it was called with, and where it says how it goes."""
+
+    recipe: Recipe
+    options: Options
+    folder: Run
+    inputs: dict[str, Any]
+    console: Console
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it was begun before."""
+        return (self.folder.path / bundle.RUN_FILE).exists()
+
+
+def in_its_folder(
+    recipe: Recipe,
+    options: Options,
+    inputs: dict[str, Any],
+    ready: Callable[[], Any],
+    train: Callable[[Begun, Any], bool],
+) -> int:
+    """Hold the run's folder and train, unless that was done before; show the result. Returns the exit code.
+
+    inputs: what the run is started with. ready: reads talk and base, and writes nothing. train: gets what that gave;
+    False: it was asked to stop.
+    Raises MaltuError for everything the user can do something about; a run that raised goes on with the same command.
+    """
+    console = Console(quiet=options.quiet or not is_main())
+    folder = Run(options.runs / recipe.name)
+    found: Any = None
+    folder.refuse_foreign()
+    with quiet():
+        if options.fresh and is_main() and folder.path.exists():
+            with folder.locked():
+                found = ready()  # a mistake in data or base leaves the old run in its place
+                console.print(f"The old run lies in {bundle.set_aside(folder)} now.")
+        meet()
+        with folder.locked() if is_main() else contextlib.nullcontext():
+            if is_finished(folder, inputs):
+                if is_main():  # a kill right after the end leaves them
+                    bundle.drop_checkpoints(folder, recipe.train.keep)
+                    show_finished(folder, console)
+                return 0
+            if not train(Begun(recipe, options, folder, inputs, console), ready() if found is None else found):
+                console.print("Stopped. The same command goes on where it stopped.")
+                return INTERRUPTED
+            if is_main():
+                show_result(folder, console)
+    return 0
+
+
+def show_finished(folder: Run, console: Console) -> None:
+    """What a run came to that was finished before. Its page is written where a kill right after the end left none."""
+    if not (folder.path / REPORT).exists():
+        report(folder, console)
+    console.print(f"{folder.path}: finished already, and nothing changed.")
+    show_result(folder, console)
 
 
 def is_main() -> bool:
@@ -88,17 +164,18 @@ def begin(
     options: Options,
     inputs: dict[str, Any],
     plan: Plan,
-    renderer: Renderer,
+    renderer: Renderer | None,
     before: dict[str, Any],
 ) -> None:
-    """Write what a run is before it trains; a run that goes on finds it there."""
+    """Write what a run is before it trains; a run that goes on finds it there. No renderer: it will not talk."""
     if not is_main():
         return
     disk.write_text(folder.recipe_file, to_yaml(recipe))
-    disk.write_text(folder.path / "template.jinja", renderer.template)
-    serve = recipe.serve
-    sampling = {"temperature": serve.temperature, "top_p": serve.top_p, "max_tokens": serve.max_tokens}
-    disk.write_json(folder.path / "generation.json", sampling)
+    if renderer is not None:
+        disk.write_text(folder.path / "template.jinja", renderer.template)
+        serve = recipe.serve
+        sampling = {"temperature": serve.temperature, "top_p": serve.top_p, "max_tokens": serve.max_tokens}
+        disk.write_json(folder.path / "generation.json", sampling)
     disk.make_folder(folder.checkpoints)
     disk.write_json(folder.checkpoints / bundle.BEFORE_FILE, before)
     folder.update(
@@ -108,8 +185,30 @@ def begin(
         inputs=inputs,
         plan=plan.facts(),
         surroundings=surroundings(),
-        template=disk.hash_text(renderer.template),
+        template=None if renderer is None else disk.hash_text(renderer.template),
     )
+
+
+def refuse_late(recipe: Recipe, n_rows: int) -> None:
+    """Raise RecipeError for a step to keep that never comes; n_rows: those of one epoch."""
+    total = count_steps(n_rows, recipe)[1]
+    late = [step for step in recipe.train.keep if step > total]
+    if late:
+        says = f"step {late[0]} never comes: this run takes {total} steps. Take it out."
+        raise RecipeError(recipe.name, [Problem("train.keep", says)])
+
+
+@contextlib.contextmanager
+def tracking(begun: Begun) -> Iterator[Track]:
+    """Where a run's numbers go while it lasts; one that goes on appends from its last checkpoint."""
+    last = begun.folder.last_checkpoint()
+    step = int(last.name.removeprefix("step-")) if last else 0
+    names = begun.recipe.track if is_main() else ()
+    track = open_track(begun.folder.path, names, config_of(begun.inputs), step, begun.console.print)
+    try:
+        yield track
+    finally:
+        track.close()
 
 
 def command_line(options: Options) -> str:
@@ -121,12 +220,12 @@ def make_judge(recipe: Recipe, base: LoadedBase, renderer: Renderer, corpus: Cor
     """What measures this recipe's models on its held-out talk."""
     part, held_rows = rows.held_out()
     talks = [getattr(corpus, part)[i] for i in rows.kept_talks[part]]
-    learned = tuple(corpus.train) if recipe.task == "classify" else ()
+    learned = tuple(corpus.train) if recipe.task != "chat" else ()
     held = Held(
         tuple(talks),
         tuple(held_rows),
         prompts_of(recipe),
-        label_set(learned) if learned else (),
+        label_set(learned) if recipe.task == "classify" else (),
         learned,
         metrics_of(recipe),
     )
@@ -144,8 +243,15 @@ def measured_before(recipe: Recipe, folder: Run, judge: Judge) -> dict[str, Any]
     return judge.measure_base()
 
 
-def finish(folder: Run, recipe: Recipe, base: LoadedBase, found: dict[str, Any], section: str = "") -> None:
-    """Say what came out, then mark the run finished, last of all, and drop what only an unfinished run needs.
+def finish(
+    folder: Run,
+    recipe: Recipe,
+    base: LoadedBase | LoadedEncoder,
+    found: dict[str, Any],
+    section: str = "",
+) -> None:
+    """Say what came out, then mark the run finished, last of all, and drop what only an unfinished run needs. Its page,
+    report.html, tells of a finished run and comes after.
 
     `section`: more for the card, as Markdown.
     """
@@ -156,17 +262,30 @@ def finish(folder: Run, recipe: Recipe, base: LoadedBase, found: dict[str, Any],
             "model": base.source,
             "folder": None if is_new(recipe) else str(base.folder.resolve()),
             "hash": base.hash,
+            **({"kind": ENCODER} if isinstance(base, LoadedEncoder) else {}),
             **(named.model_dump(include=keys) if isinstance(named, Base) else {}),
         },
+        memory_mb=round(peak_mb(base.device), 1),
         **found,
     )
     write_card(folder, section)
     folder.update(status="finished")
     bundle.drop_checkpoints(folder, recipe.train.keep)
+    report(folder, Console(stderr=True))
 
 
-def data_facts(corpus: Corpus, rows: Rows) -> dict[str, Any]:
-    """What was read, kept and dropped, as run.json keeps it."""
+def report(folder: Run, console: Console) -> None:
+    """Write report.html of a finished run. A page that cannot be written is told in a line, and the run is whole."""
+    try:
+        write_report(folder)
+    except MaltuError as failed:
+        again = f"python -m toolkit compare {shlex.quote(str(folder.path))}"
+        says = f"The run is finished, but its report is not written: {failed} To write it: {again}"
+        console.print(says, highlight=False, markup=False, soft_wrap=True)
+
+
+def data_facts(corpus: Corpus, rows: Rows | LabelRows) -> dict[str, Any]:
+    """What was read, kept and dropped, as run.json keeps it; how long rows are, and how spoken what they say is."""
     report = corpus.report
     return {
         "data": {
@@ -175,12 +294,36 @@ def data_facts(corpus: Corpus, rows: Rows) -> dict[str, Any]:
             "dropped": {**report.dropped, **rows.dropped},
             "fixed": dict(report.fixed),
             "masked": dict(report.masked),
-            "parts": {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)},
+            "parts": {part: len(getattr(rows, part)) for part in PARTS},
+            "tokens": {part: lengths for part in PARTS if (lengths := _lengths(getattr(rows, part)))},
+            "spoken": _manner(corpus),
         }
     }
 
 
-def in_short(recipe: Recipe, base: LoadedBase, corpus: Corpus, rows: Rows) -> str:
+def _manner(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """How spoken each role's turns are, by a sample of what is learned from."""
+    with contextlib.suppress(BaseError):  # the classifier is damaged: a number less, never a run lost
+        of_roles = manner_by_role(some_of(corpus.train, N_SCORED))
+        return {role: {lang: of.as_json() for lang, of in of_lang.items()} for role, of_lang in of_roles.items()}
+    return {}
+
+
+def _lengths(rows: Sequence[Rendered | tuple[list[int], list[int]]]) -> dict[str, int]:
+    """How many tokens rows have; empty where there are none."""
+    lengths = sorted(len(row.input_ids if isinstance(row, Rendered) else row[0]) for row in rows)
+    if not lengths:
+        return {}
+    n = len(lengths)
+    return {
+        "median": lengths[n // 2],
+        "nine_in_ten": lengths[int(0.9 * n)],
+        "longest": lengths[-1],
+        "total": sum(lengths),
+    }
+
+
+def in_short(recipe: Recipe, base: LoadedBase | LoadedEncoder, corpus: Corpus, rows: Rows | LabelRows) -> str:
     """The run in one line, before it trains."""
     report = corpus.report
     dropped = sum(report.dropped.values()) + sum(n for reason, n in rows.dropped.items() if reason != "old_turns")

@@ -1,44 +1,39 @@
 """Where numbers go: a file always; tensorboard, wandb, trackio when the recipe asks.
 
-A tracker never stops a run and never asks a question: one that fails is named once and left out from then on.
-Without a key wandb writes offline. What this room does not know: what the numbers mean.
+A tracker never stops a run, never makes it wait and never asks a question: each works in a thread of its own
+(trackers/apart.py), and one that fails is named once and left out from then on. Without a key wandb writes offline.
+What this room does not know: what the numbers mean.
 """
 
-import contextvars
 import json
-import netrc
-import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from toolkit import disk
+from toolkit.trackers.apart import Apart, Call
+from toolkit.trackers.contract import END_SECONDS, About, Cells, Tracker
+from toolkit.trackers.in_tensorboard import TensorBoard
+from toolkit.trackers.in_trackio import Trackio
+from toolkit.trackers.in_wandb import Wandb, end_seconds
 
-END_SECONDS = 5.0  # how long a tracker may take to end
-WANDB_ID = "wandb/run_id"  # in the run folder: the wandb run that this run goes on in
-
-
-class Tracker(Protocol):
-    """One place that takes numbers by step."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers that belong to one optimizer step."""
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Take a text (samples) that belongs to one optimizer step."""
-
-    def close(self) -> None:
-        """Flush and end; takes seconds at most."""
+OPENERS: Mapping[str, Callable[[About], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+WAIT_SECONDS = 5.0
+NOT_OF_THE_RECIPE = ("name", "train.seed", "serve.", "track")  # runs that differ in these alone belong together
 
 
 class Track:
-    """metrics.jsonl, and every other tracker that was asked for."""
+    """metrics.jsonl, and every other tracker that was asked for.
 
-    def __init__(self, file: Path, trackers: Mapping[str, Tracker], warn: Callable[[str], None]) -> None:
-        self._file, self._trackers, self._warn = file, dict(trackers), warn
+    trackers: those that still work. seconds: what their calls held up, by the clock.
+    """
+
+    def __init__(self, file: Path, trackers: Mapping[str, Tracker | Apart], warn: Callable[[str], None]) -> None:
+        self._file, self._warn = file, warn
+        self.trackers = {name: one if isinstance(one, Apart) else _put_apart(one) for name, one in trackers.items()}
+        self.seconds = 0.0
 
     def log(self, step: int, **values: float) -> None:
         """Append one line {"step", "time", name: number…} and hand it to every tracker."""
@@ -54,62 +49,110 @@ class Track:
         """Hand a text to every tracker (the run folder keeps its own samples.md)."""
         self._each(lambda tracker: tracker.text(step, name, text))
 
+    def table(self, step: int, name: str, cells: Cells) -> None:
+        """Hand a table to every tracker."""
+        self._each(lambda tracker: tracker.table(step, name, cells))
+
+    def files(self, name: str, folder: Path) -> None:
+        """Hand what was trained to the trackers that the recipe asks to keep it."""
+        self._each(lambda tracker: tracker.files(name, folder))
+
     def close(self) -> None:
-        """End every tracker, each within END_SECONDS: one that takes longer is left behind with a warning."""
-        self._each(lambda tracker: _within(END_SECONDS, tracker.close))
+        """End every tracker, each within its time: one that takes longer is left behind with a warning."""
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, partial(tracker.close, tracker.end_s))
+        self.trackers = {}
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            try:
-                call(tracker)
-            except Exception as failed:  # whatever a third party raises, the run goes on
-                del self._trackers[name]
-                self._warn(
-                    f"track: {name} failed ({type(failed).__name__}: {failed}) and is left out from here on;"
-                    " metrics.jsonl has everything."
-                )
+    def _each(self, call: Call) -> None:
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, partial(tracker.call, call))
 
-
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Call, and come back after `seconds` at the latest, with what it raised or a TimeoutError."""
-    raised: list[Exception] = []
-
-    def caught() -> None:
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        started = time.perf_counter()
         try:
             call()
-        except Exception as failed:
-            raised.append(failed)
+        except Exception as failed:  # whatever a third party raises, the run goes on
+            del self.trackers[name]
+            self._warn(
+                f"track: {name} failed ({_said(failed)}) and is left out from here on; metrics.jsonl has everything."
+            )
+        finally:
+            self.seconds += time.perf_counter() - started
 
-    here = contextvars.copy_context()  # trackio knows its run by it
-    thread = threading.Thread(target=here.run, args=(caught,), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"did not end within {seconds:g} s")
-    if raised:
-        raise raised[0]
+
+def _put_apart(tracker: Tracker) -> Apart:
+    return Apart(lambda: tracker, END_SECONDS)
+
+
+def _said(failed: Exception) -> str:
+    return f"{type(failed).__name__}: {failed}"
 
 
 def open_track(
-    run_path: Path, names: Iterable[str], config: Mapping[str, Any], from_step: int, warn: Callable[[str], None]
+    run_path: Path, names: Iterable[Any], config: Mapping[str, Any], from_step: int, warn: Callable[[str], None]
 ) -> Track:
-    """Open the trackers of a run. Lines of metrics.jsonl after `from_step` are dropped: a run that goes on repeats
-    those steps.
+    """Open the trackers of a run: their names, or the recipe's sections that name one with its options.
+
+    config: flat, as `config_of` gives it. Lines of metrics.jsonl after `from_step` are dropped: a run that goes on
+    repeats those steps. Cost: WAIT_SECONDS at most; a tracker that takes longer to start goes on with that beside the
+    run, and is told then what it missed.
     """
     file = run_path / "metrics.jsonl"
     _keep_until(file, from_step)
-    openers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoard(run_path / "tensorboard", from_step),
-        "wandb": lambda: Wandb(run_path, config),
-        "trackio": lambda: Trackio(run_path, config),
-    }
-    trackers: dict[str, Tracker] = {}
-    for name in names:
+    group, job = _group(run_path.name, config)
+    opening: dict[str, Apart] = {}
+    for name, options in map(_with_options, names):
+        about = About(run_path, config, from_step, group, job, options)
+        opening[name] = Apart(partial(OPENERS[name], about), end_seconds(options) if name == "wandb" else END_SECONDS)
+    until = time.monotonic() + WAIT_SECONDS
+    opened: dict[str, Tracker | Apart] = {}
+    for name, tracker in opening.items():
         try:
-            trackers[name] = openers[name]()
+            tracker.wait_open(max(0.0, until - time.monotonic()))
+            opened[name] = tracker
         except Exception as failed:  # a tracker that does not start must not stop the run
-            warn(f"track: {name} did not start ({type(failed).__name__}: {failed}); the run goes on without it.")
-    return Track(file, trackers, warn)
+            warn(f"track: {name} did not start ({_said(failed)}); the run goes on without it.")
+    return Track(file, opened, warn)
+
+
+def _with_options(named: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(named, str):
+        return named, {}
+    ((name, options),) = named.model_dump().items()
+    return name, options
+
+
+def config_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker is told of a run, flat: the recipe's keys, and the hashes of recipe, data and base.
+
+    `inputs`: as run.json has them (fit.inputs).
+    """
+    recipe = dict(inputs["recipe"])
+    data = {f"sha256.data.{name}": digest for name, digest in inputs["data"].items()}
+    return {**recipe, "sha256.recipe": _recipe_hash(recipe), **data, "sha256.base": inputs["base"]}
+
+
+def _recipe_hash(recipe: Mapping[str, Any]) -> str:
+    told = {key: of for key, of in recipe.items() if not key.startswith(NOT_OF_THE_RECIPE)}
+    return disk.hash_text(json.dumps(told, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def _group(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run stands together with, and what it does: a search with its workers, a run with those of its recipe."""
+    if any(key.startswith("search.") and of is not None for key, of in config.items()):
+        return f"search {name}", "search"
+    digest = str(config.get("sha256.recipe") or _recipe_hash(config))
+    return f"recipe {digest[:8]}", "train"
+
+
+def sample_cells(before: Mapping[str, Any], after: Mapping[str, Any]) -> Cells:
+    """What a judge found as a table: every prompt with its answer before and after; empty where none was answered."""
+    old = {sample["name"]: sample["answer"] for sample in before.get("samples", ())}
+    rows = [
+        (one["name"], one["lang"], one["prompt"], old.get(one["name"]), one["answer"])
+        for one in after.get("samples", ())
+    ]
+    return Cells(("name", "lang", "prompt", "before", "after"), rows)
 
 
 def read_metrics(run_path: Path) -> list[dict[str, float]]:
@@ -128,106 +171,3 @@ def _keep_until(file: Path, step: int) -> None:
     if file.exists():
         kept = [row for row in read_metrics(file.parent) if row["step"] <= step]
         disk.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-class TensorBoard:
-    """Scalars and texts as TensorBoard event files."""
-
-    def __init__(self, folder: Path, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar a name."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """A Markdown text."""
-        self._writer.add_text(name, text, step)
-
-    def close(self) -> None:
-        """Flush the event file."""
-        self._writer.close()
-
-
-class Wandb:
-    """Weights & Biases: online with a key, else offline in the run folder. A run that goes on keeps its wandb run."""
-
-    def __init__(self, run_path: Path, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        settings = wandb.Settings(
-            init_timeout=10, finish_timeout=END_SECONDS, silent=True, console="off", disable_git=True
-        )
-        self._run = wandb.init(
-            project="maltu",
-            name=run_path.name,
-            dir=str(run_path),
-            config=dict(config),
-            id=_wandb_id(run_path),
-            resume="allow",
-            mode=mode,
-            settings=settings,
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of history."""
-        self._run.log(dict(values), step=step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """A text as HTML-free media."""
-        import html
-
-        import wandb
-
-        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()
-
-
-def _wandb_id(run_path: Path) -> str:
-    """The id of the run's wandb run; made once a run folder."""
-    file = run_path / WANDB_ID
-    if not file.exists():
-        disk.make_folder(file.parent)
-        disk.write_text(file, uuid.uuid4().hex[:8])
-    return file.read_text(encoding="utf-8").strip()
-
-
-def _has_wandb_key() -> bool:
-    """Whether a key lies where `wandb login` puts it, or in the environment; asks nobody."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    return host in hosts
-
-
-class Trackio:
-    """trackio's local store."""
-
-    def __init__(self, run_path: Path, config: Mapping[str, Any]) -> None:
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(project="maltu", name=run_path.name, config=dict(config), embed=False)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
-        self._trackio.log(dict(values), step=step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """A text as Markdown."""
-        self._trackio.log({name: self._trackio.Markdown(text)}, step=step)
-
-    def close(self) -> None:
-        """End the run."""
-        self._trackio.finish()

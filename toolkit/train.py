@@ -32,10 +32,12 @@ def train(arguments: argparse.Namespace) -> int:
     with quiet():  # some libraries talk while they are imported
         from toolkit.steps import Options
 
-        if recipe.search is None:
-            from toolkit.pipeline import run
-        else:
+        if recipe.search is not None:
             from toolkit.searching import run
+        elif recipe.experts is not None or recipe.combine is not None:
+            from toolkit.combining import run
+        else:
+            from toolkit.pipeline import run
 
     command = shlex.join([arguments.recipe, *arguments.overrides])
     return run(recipe, Options(runs=arguments.runs, fresh=arguments.fresh, quiet=arguments.quiet, command=command))

@@ -1,12 +1,15 @@
 """The models of one server: its runs on one base, whose weights lie in memory once.
 
 What a stack can hold is one adapter more in the server's stack; every other run (DoRA, most of PEFT's kinds) is opened
-as a model of its own, its base's weights shared where they are equal.
+as a model of its own, its base's weights shared where they are equal. A run of several adapters answers as RUN/EXPERT
+for each of them, and under its own name as its combination, where it has one.
 """
 
+import functools
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +20,16 @@ from serve.engines.contract import Served
 from serve.engines.slots import unfit
 from serve.names import BASE
 from serve.runs import stands_alone
+from toolkit.adapters import anatomy
 from toolkit.adapters.opened import open_model
 from toolkit.bundle import RUN_FILE, Run
+from toolkit.combine.gate import Gate
+from toolkit.combine.route import Router
+from toolkit.combine.speaker import GATE, MAIN, ROUTER, Spec, spec_of
 from toolkit.corpus.render import Renderer
 from toolkit.disk import hash_file, hash_text
-from toolkit.errors import AdapterError, RunError
-from toolkit.loaded import LoadedRun, load_run
-from toolkit.stack.adapter import ALONE
+from toolkit.errors import AloneError, RunError
+from toolkit.loaded import LoadedRun, load_run, rendering_of
 from toolkit.stack.stack import Stack
 
 _log = logging.getLogger("maltu.serve.models")
@@ -35,6 +41,7 @@ class Model:
 
     stack: the server's, for a name that shares batches; `loaded.model` is the bare base then, and `adapter` names what
     the stack adds (None: nothing). Without a stack `loaded.model` is the whole model. n_prefix: columns of its prefix.
+    spec: how several adapters of a run answer together, named in `served.members`; with its gate or its router.
     """
 
     served: Served
@@ -42,6 +49,21 @@ class Model:
     stack: Stack | None = None
     adapter: str | None = None
     n_prefix: int = 0
+    spec: Spec | None = None
+    gate: Gate | None = None
+    router: Router | None = None
+
+    @functools.cached_property
+    def hashes(self) -> tuple[str, ...]:
+        """What tells its keys and values from those of any other model: base, adapter, gate and template."""
+        adapter = "" if self.stack is None or self.adapter is None else self.stack.hash(self.adapter)
+        gate = "" if self.gate is None else self.served.weights_hash
+        return self.served.base_hash, adapter, gate, self.loaded.renderer.template
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Token ids lie below it."""
+        return int(anatomy.text_config(self.loaded.base.model).vocab_size)
 
 
 def open_models(runs: Sequence[Run], device: str) -> dict[str, Model]:
@@ -57,11 +79,43 @@ def open_models(runs: Sequence[Run], device: str) -> dict[str, Model]:
     stack = _stack(base)
     models = {BASE: _model(BASE, base, stack)}
     for run in runs:
-        if stack is not None and _join(stack, run):
-            models[run.name] = _model(run.name, _beside(base, run), stack, run.name)
-        else:
-            models[run.name] = _model(run.name, load_run(run.path, device))
-            share_weights(base.model, models[run.name].loaded.model)
+        models |= open_run_on(base, stack, run, device)
+    return models
+
+
+def open_run_on(
+    base: LoadedRun, stack: Stack | None, run: Run, device: str, *, may_be_alone: bool = True
+) -> dict[str, Model]:
+    """The names of one more run, on a base that is open already; after an error the stack is as it was.
+
+    In the stack its adapters are called as here, or otherwise where an older version has those names. may_be_alone:
+    what no stack holds gets a model of its own; else it is refused. Raises: what load_run, Stack.add and Gate.check
+    raise; RunError for a combination with members on other bases.
+    """
+    before = set(stack.slots) if stack is not None else set()
+    beside, models = _beside(base, run), dict[str, Model]()
+    try:
+        spec = spec_of(run, beside.facts)
+        for adapter in run.adapters():
+            name = run.name if adapter == MAIN else f"{run.name}/{adapter}"
+            inside = name if stack is None else _free(stack, name)
+            if stack is not None and _join(stack, inside, run.adapter(adapter)):
+                models[name] = _model(name, beside, stack, inside, run.adapter(adapter))
+            elif not may_be_alone:
+                raise RunError(
+                    f"{name}: no stack holds it, and a model of its own is loaded only when a server starts."
+                )
+            else:
+                lone = load_run(run.path, device, adapter)
+                models[name] = _model(name, lone, folder=run.adapter(adapter))
+                share_weights(base.model, lone.model)
+        if spec is not None and run.name not in models:
+            models = {run.name: _combined(run, beside, stack, spec, models)} | models
+    except BaseException:
+        if stack is not None:
+            for name in set(stack.slots) - before:
+                stack.remove(name)
+        raise
     return models
 
 
@@ -90,32 +144,98 @@ def _stack(base: LoadedRun) -> Stack | None:
     return stack
 
 
-def _join(stack: Stack, run: Run) -> bool:
-    """Take a run's adapter into the stack; False where no stack can hold it. Raises AdapterError for a bad one."""
+def _free(stack: Stack, name: str) -> str:
+    """A name that no adapter of the stack has."""
+    return next(one for n in itertools.count(1) if (one := name if n == 1 else f"{name} ({n})") not in stack.slots)
+
+
+def _join(stack: Stack, name: str, folder: Path) -> bool:
+    """Take an adapter into the stack; False where no stack can hold it. Raises AdapterError for a bad one."""
     try:
-        stack.add(run.name, run.adapter())
-    except AdapterError as error:
-        if ALONE not in str(error):
-            raise
-        _log.warning("%s answers on a model of its own: %s", run.name, error)
+        stack.add(name, folder)
+    except AloneError as error:
+        _log.warning("%s answers on a model of its own: %s", name, error)
         return False
     return True
+
+
+def _combined(run: Run, beside: LoadedRun, stack: Stack | None, spec: Spec, models: Mapping[str, Model]) -> Model:
+    """A run's adapters as one model. Raises: RunError where they do not all stand on this base, or share no batch."""
+    lacking = [name for name in spec.members if f"{run.name}/{name}" not in models]
+    if lacking:
+        raise RunError(
+            f"{run.path}: {', '.join(lacking)} of its members stand on bases of their own, and one server serves one"
+            f" base. Chat with it: python -m toolkit chat {run.path}"
+        )
+    members = [models[f"{run.name}/{name}"] for name in spec.members]
+    apart = [model.served.name for model in members if model.stack is None]
+    if spec.kind != "route" and (stack is None or apart):
+        who = ", ".join(apart) or "its members"
+        raise RunError(
+            f"{run.path}: {who} run on models of their own here, which share no batch. Serve them one by one."
+        )
+    gate = _own_gate(run, stack, models) if spec.kind == "gate" and stack is not None else None
+    router = Router.load(run.path / ROUTER, beside.base.hash) if spec.kind == "route" else None
+    weights = [spec.weights.get(name, 0.0) for name in spec.members]
+    hashes = [hash_file(path) for folder in (ROUTER, GATE) for path in sorted((run.path / folder).glob("*"))]
+    told = describe(run.name, spec.kind, [model.served for model in members], weights, "\n".join([spec.how, *hashes]))
+    served = replace(
+        told,
+        members=told.members if spec.weights else (),
+        defaults=beside.sampling,
+        task=str(beside.facts.get("task", "chat")),
+        created=int((run.path / RUN_FILE).stat().st_mtime),
+    )
+    return Model(served, beside, stack, spec=spec, gate=gate, router=router)
+
+
+def _own_gate(run: Run, stack: Stack, models: Mapping[str, Model]) -> Gate:
+    """A run's gate, over its adapters as they are called in the stack."""
+    gate = Gate.load(run.path / GATE)
+    inside = {name: models[f"{run.name}/{name}"].adapter or "" for name in (*gate.experts, *gate.hashes)}
+    experts = tuple(inside[name] for name in gate.experts)
+    named = replace(gate, experts=experts, hashes={inside[name]: known for name, known in gate.hashes.items()})
+    named.check(stack)
+    return named
+
+
+def describe(name: str, kind: str, members: Sequence[Served], weights: Sequence[float], how: str) -> Served:
+    """Several models described as one: what they have in common, and a hash of everything that decides an answer."""
+    first = members[0]
+    hashed = [kind, how, [[one.weights_hash, weight] for one, weight in zip(members, weights, strict=True)]]
+    same = [key for key, value in first.defaults.items() if all(one.defaults.get(key) == value for one in members)]
+    return Served(
+        name=name,
+        adapter=None,
+        base=first.base,
+        base_hash=first.base_hash,
+        weights_hash=hash_text(json.dumps(hashed)),
+        context=min(one.context for one in members),
+        task="chat",
+        defaults={key: first.defaults[key] for key in same},
+        created=max(one.created for one in members),
+        combination=kind,
+        members=tuple(zip((one.name for one in members), weights, strict=True)),
+    )
 
 
 def _beside(base: LoadedRun, run: Run) -> LoadedRun:
     """A run on a base that is open already: what is its own beside its adapter."""
     facts = run.finished("base")
-    try:
-        template = (run.path / "template.jinja").read_text(encoding="utf-8")
-        sampling = dict(json.loads((run.path / "generation.json").read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as broken:
-        raise RunError(f"{run.path}: it is damaged ({broken}). Copy the whole run folder again.") from broken
+    template, sampling = rendering_of(run)
     renderer = Renderer(base.base.tokenizer, template)
     ends, labels = frozenset(renderer.stop_ids), tuple(facts.get("labels", ()))
     return replace(base, run=run, facts=facts, renderer=renderer, sampling=sampling, ends=ends, labels=labels)
 
 
-def _model(name: str, loaded: LoadedRun, stack: Stack | None = None, adapter: str | None = None) -> Model:
+def _model(
+    name: str,
+    loaded: LoadedRun,
+    stack: Stack | None = None,
+    adapter: str | None = None,
+    folder: Path | None = None,
+) -> Model:
+    """folder: where its adapter's weights lie; None for a base and for a run whose every weight was trained."""
     run, is_base = loaded.run, name == BASE
     n_prefix = open_model(loaded.model).n_prefix
     if stack is not None and adapter is not None:
@@ -124,10 +244,10 @@ def _model(name: str, loaded: LoadedRun, stack: Stack | None = None, adapter: st
         parameter.requires_grad_(False)
     served = Served(
         name=name,
-        adapter=None if is_base else run.name,
+        adapter=None if is_base else name,
         base=loaded.base.source if is_base or not stands_alone(run) else run.name,
         base_hash=loaded.base.hash,
-        weights_hash=loaded.base.hash if is_base or stands_alone(run) else _adapter_hash(run.adapter()),
+        weights_hash=loaded.base.hash if folder is None else adapter_hash(folder),
         context=loaded.base.context - n_prefix,
         task="chat" if is_base else str(loaded.facts.get("task", "chat")),
         defaults=loaded.sampling,
@@ -136,7 +256,8 @@ def _model(name: str, loaded: LoadedRun, stack: Stack | None = None, adapter: st
     return Model(served, loaded, stack, adapter, n_prefix)
 
 
-def _adapter_hash(folder: Path) -> str:
+def adapter_hash(folder: Path) -> str:
+    """What tells the weights in an adapter's folder from any others."""
     return hash_text("\n".join(f"{path.name} {hash_file(path)}" for path in _weight_files(folder)))
 
 

@@ -2,8 +2,9 @@
 
 One thread runs steps: one token for every answer that is written, one chunk of the prompts that are still being read
 (serve/scheduler.py says whose), and one token of an answer on a model of its own, for runs that no stack can hold. Rows
-join and leave between steps. A step that breaks is tried again row by row, so that what breaks it fails alone; whatever
-else breaks fails the answers that run, is counted in `load`, and the thread goes on.
+join and leave between steps, and so does whatever else needs the models (a router's choice). A step that breaks is
+tried again request by request, so that what breaks it fails alone; whatever else breaks fails the answers that run, is
+counted in `load`, and the thread goes on.
 """
 
 import asyncio
@@ -11,32 +12,43 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from serve.engines.contract import Ask, Engine, Load, Reply, Served, State
+from serve.engines.batch import Batch
+from serve.engines.changing import adapters_of, changed
+from serve.engines.contract import Ask, Engine, Load, Reply, Served, State, Who
+from serve.engines.labelling import TEXT, label, labeller, labels_of, wording
 from serve.engines.models import Model
-from serve.engines.row import Row, render
-from serve.engines.slots import Seat, Slots
-from serve.engines.writing import next_tokens
-from serve.refusal import Refusal, failed, queue_full, stopping
+from serve.engines.reuse import Reuse
+from serve.engines.routing import Routing
+from serve.engines.row import Event, Row, render
+from serve.engines.slots import Slots
+from serve.engines.teams import Team, team_of
+from serve.refusal import failed, queue_full, stopping
 from serve.scheduler import Limits, Scheduler, Step, Ticket
 from toolkit.adapters import anatomy
-from toolkit.generate import Answer
+from toolkit.bundle import Run
+from toolkit.writing import Answer
 
 _log = logging.getLogger("maltu.serve.rows")
 MANY_FAILURES = 3  # answers in a row that failed; for FAILING_S the engine then says so
 FAILING_S = 30.0
 BREATH_S = 0.1  # between a crash and the next step
+REUSED_SHARE = 0.25  # of the memory for keys and values, for texts that may begin alike
+_T = TypeVar("_T")
 
 
 class RowsEngine(Engine):
-    """See Engine. n_slots: answers that run side by side; n_queue: requests that may wait for a slot; cache_mb: memory
-    for keys and values (one answer always fits).
+    """See Engine. n_slots: rows that are written side by side; n_queue: requests that may wait for a slot; cache_mb:
+    memory for keys and values (one answer always fits), those kept for texts that begin alike counted.
     """
 
     def __init__(self, models: Mapping[str, Model], n_slots: int = 32, n_queue: int = 64, cache_mb: int = 2048) -> None:
@@ -45,14 +57,18 @@ class RowsEngine(Engine):
         if len(stacks) > 1:
             raise ValueError("the models of one engine share one stack")
         self._slots = next((Slots(stack) for stack in stacks.values()), None)
-        self._scheduler = Scheduler(_limits(self._slots, n_slots, n_queue, cache_mb))
+        n_kept = int(REUSED_SHARE * cache_mb * 2**20)
+        self._scheduler = Scheduler(_limits(self._slots, n_slots, n_queue, cache_mb * 2**20 - n_kept))
+        self._batch = Batch(self._slots, Reuse(n_kept), self._end, self._fail)
         self._rows: dict[Ticket, Row] = {}
-        self._n_rendering = 0
+        self._routing = Routing()
+        self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self._coming: dict[object, Team] = {}
+        self._leaving: set[str] = set()  # adapters of the stack that no model has any more
         self._is_open, self._deadline = True, math.inf
         self._n_failures = self._n_in_a_row = 0
         self._failed_at = -math.inf
-        self._events: list[tuple[Row, str | Answer | Refusal]] = []  # of the step that runs
-        self._changed = threading.Condition()  # guards scheduler, rows and what is above, but not slots and events
+        self._changed = threading.Condition()  # guards scheduler, rows, jobs and what is above, but not the batch
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
         self._worker.start()
@@ -61,23 +77,40 @@ class RowsEngine(Engine):
         """See Engine.models."""
         return {name: model.served for name, model in self._models.items()}
 
+    def served(self, who: Who) -> Served:
+        """See Engine.served."""
+        return team_of(self._models, who).served
+
     async def submit(self, ask: Ask) -> Reply:
         """See Engine.submit. Rendering happens in a thread of its own, one request at a time."""
-        model = self._models[ask.model]
-        self._take_place()
-        try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._renders, render, model, ask)
-            row = Row(ask, model, prompt)
-        finally:
+        with self._place(ask.who) as (place, team):
+            if team.kind == "route":
+                team = await self._between_steps(self._chosen(place, team, ask))
+            prompt = await asyncio.get_running_loop().run_in_executor(self._renders, render, team, ask)
+            row = Row(ask, team, prompt)
             with self._changed:
-                self._n_rendering -= 1
-        with self._changed:
-            if not self._is_open:
-                raise stopping()
-            self._rows[row.ticket] = row
-            self._scheduler.join(row.ticket)
-            self._changed.notify()
+                if not self._is_open:
+                    raise stopping()
+                self._rows[row.ticket] = row
+                self._scheduler.join(row.ticket)
+                self._changed.notify()
         return row
+
+    async def classify(
+        self, who: Who, texts: Sequence[str], labels: Sequence[str] | None, key: str = ""
+    ) -> tuple[Served, list[Mapping[str, float]]]:
+        """See Engine.classify. Text by text, so that answers go on in between."""
+        with self._place(who) as (_, team):
+            model, found = labeller(team), []
+            words = labels_of(model, labels)
+            around = await asyncio.to_thread(wording, model.loaded.run, model.served.task)
+            for text in texts:
+                found.append(await self._between_steps(partial(label, model, around.replace(TEXT, text), words)))
+            return team.served, found
+
+    async def change(self, add: Run | None, remove: str | None) -> None:
+        """See Engine.change."""
+        await self._between_steps(lambda: self._change(add, remove))
 
     def load(self) -> Load:
         """See Engine.load."""
@@ -88,8 +121,9 @@ class RowsEngine(Engine):
                 state = "stopped"
             elif not self._is_open:
                 state = "draining"
-            n_running, n_waiting = len(self._scheduler.running), len(self._scheduler.waiting) + self._n_rendering
-            return Load(state, n_running, n_waiting, self._n_failures)
+            n_running, n_waiting = len(self._scheduler.running), len(self._scheduler.waiting) + len(self._coming)
+            counts = self._batch.counts
+            return Load(state, n_running, n_waiting, self._n_failures, counts.n_prompt, counts.n_reused, counts.n_hits)
 
     def drain(self, limit_s: float) -> None:
         """See Engine.drain."""
@@ -104,14 +138,42 @@ class RowsEngine(Engine):
         self._worker.join(timeout=10.0)
         self._renders.shutdown(wait=False, cancel_futures=True)
 
-    def _take_place(self) -> None:
+    @contextmanager
+    def _place(self, who: Who) -> Iterator[tuple[object, Team]]:
+        """A place for a request that comes in, and who answers it: nobody of them is let go meanwhile."""
+        place = object()
+        with self._changed:
+            team = team_of(self._models, who)
+            if not self._is_open:
+                raise stopping()
+            if self._scheduler.is_full(len(self._coming)):
+                n_waiting = len(self._scheduler.waiting) + len(self._coming)
+                raise queue_full(n_waiting, self._scheduler.retry_after_s(len(self._coming)))
+            self._coming[place] = team
+        try:
+            yield place, team
+        finally:
+            with self._changed:
+                del self._coming[place]
+
+    def _chosen(self, place: object, team: Team, ask: Ask) -> Callable[[], Team]:
+        def choose() -> Team:
+            chosen = self._routing.team(self._models, team.models[0], ask)
+            with self._changed:
+                self._coming[place] = chosen
+            return chosen
+
+        return choose
+
+    async def _between_steps(self, job: Callable[[], _T]) -> _T:
+        """What the job gives, run in the engine's thread, which alone may use the models."""
+        done: Future[_T] = Future()
         with self._changed:
             if not self._is_open:
                 raise stopping()
-            if self._scheduler.is_full(self._n_rendering):
-                n_waiting = len(self._scheduler.waiting) + self._n_rendering
-                raise queue_full(n_waiting, self._scheduler.retry_after_s(self._n_rendering))
-            self._n_rendering += 1
+            self._jobs.append((done, job))
+            self._changed.notify()
+        return await asyncio.wrap_future(done)
 
     # The engine's thread
 
@@ -129,117 +191,69 @@ class RowsEngine(Engine):
     def _next_step(self) -> Step | None:
         """What to run now; sleeps while there is nothing. None when there will be nothing any more."""
         while True:
+            if self._leaving:
+                self._let_go()
             with self._changed:
-                over = [row for row in self._rows.values() if row.is_cancelled]
+                jobs, self._jobs = self._jobs, []
                 is_late = time.monotonic() >= self._deadline
-                if is_late:
-                    over = list(self._rows.values())
-                if not over:
-                    self._scheduler.admit()
+                over = [row for row in self._rows.values() if is_late or row.is_cancelled]
+                admitted = () if over else self._scheduler.admit()
+                if not (over or admitted or jobs):
                     if self._scheduler.running or not self._is_open:
                         return self._scheduler.step() if self._scheduler.running else None
                     self._changed.wait()
                     continue
-            for row in over:
-                if is_late:
-                    self._end(row, stopping())
-                else:
-                    self._cut_off(row)
+            self._do(jobs)
+            with torch.inference_mode():
+                for row in over:
+                    if is_late:
+                        self._end(row, stopping())
+                    else:
+                        self._batch.cut_off(row)
+                for ticket in admitted:
+                    self._batch.enter(self._rows[ticket])
             self._hand_out()
 
     def _run(self, step: Step) -> None:
         """One step: everybody who writes, then a chunk of reading, then those on models of their own."""
         with torch.inference_mode():
-            writing = sorted(map(self._rows.__getitem__, step.writing), key=lambda row: _seat(row).slot)
-            self._advance(writing, [row.writing.ids[-1:] for row in writing])
-            read = [(self._rows[ticket], n_tokens) for ticket, n_tokens in step.reading]
-            read = [(row, n_tokens) for row, n_tokens in read if self._has_seat(row)]
-            read.sort(key=lambda one: _seat(one[0]).slot)
-            chunks = [row.prompt[row.ticket.n_read : row.ticket.n_read + n_tokens] for row, n_tokens in read]
-            self._advance([row for row, _ in read], chunks)
-        if step.alone is not None:
-            self._advance_alone(self._rows[step.alone])
-
-    def _has_seat(self, row: Row) -> bool:
-        """Give a row its slot, if it has none yet; False where that fails."""
-        if row.seat is None and self._slots is not None:
-            try:
-                row.seat = self._slots.open(row.model.adapter)
-            except Exception as error:  # no memory left
-                self._fail(row, error)
-        return row.seat is not None
-
-    def _advance(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> None:
-        """Give rows their next tokens, and those that have read all their prompt a token of their answer."""
-        chunks = dict(zip(rows, map(len, ids), strict=True))
-        rows, logits_RV = self._forward(rows, ids)
-        told: list[int] = []
-        for place, row in enumerate(rows):
-            if row.ticket.n_left:
-                row.ticket.n_read += chunks[row]
-                if row.ticket.n_left:
-                    continue
-                assert self._slots is not None
-                self._slots.settle(_seat(row))
-            told.append(place)
-        if told:
-            own_RV = logits_RV if len(told) == len(rows) else logits_RV[told]
-            answering = [rows[place] for place in told]
-            for row, token in zip(answering, next_tokens(own_RV, [row.writing for row in answering]), strict=True):
-                self._take(row, token)
-
-    def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> tuple[Sequence[Row], Tensor]:
-        """The logits of each row, in one pass; where that breaks, row by row, without those that break alone."""
-        if not rows or self._slots is None:
-            return [], torch.empty(0)
-        try:
-            logits_RV = self._slots.forward([_seat(row) for row in rows], ids)
-        except Exception as error:
-            if len(rows) == 1:
-                self._fail(rows[0], error)
-                return [], torch.empty(0)
-            _log.warning("a step of %d rows broke (%s): trying each alone", len(rows), error)
-            parts = [self._forward([row], [own]) for row, own in zip(rows, ids, strict=True)]
-            whole = [(one, logits_1V) for one, logits_1V in parts if one]
-            return [row for one, _ in whole for row in one], torch.cat([part for _, part in whole] or [torch.empty(0)])
-        self._n_in_a_row = 0
-        return rows, logits_RV
-
-    def _take(self, row: Row, token: int | None) -> None:
-        """A token is chosen; None: there was nothing to choose from."""
-        if token is None:
-            says = f"the output of {row.ask.model} is not a number: its training diverged. Train with a lower rate."
-            self._fail(row, ArithmeticError(says))
-            return
-        if piece := row.writing.take(token):
-            self._events.append((row, piece))
-        if row.writing.finish is not None:
-            self._end(row, row.writing.answer(), time.monotonic() - row.since)
-
-    def _advance_alone(self, row: Row) -> None:
-        """One token, or a few until a piece of text is certain."""
-        if row.pieces is None:
-            row.pieces = row.start_alone()
-        try:
-            self._events.append((row, next(row.pieces)))
+            writing = [self._rows[ticket] for ticket in step.writing]
+            reading = [(self._rows[ticket], n_tokens) for ticket, n_tokens in step.reading]
+            if self._batch.run(writing, reading):
+                self._n_in_a_row = 0
+        if step.alone is not None and self._batch.run_alone(self._rows[step.alone]):
             self._n_in_a_row = 0
-        except StopIteration as over:
-            self._end(row, over.value, time.monotonic() - row.since)
-        except Exception as error:  # whatever breaks inside a model must not take the others along
-            self._fail(row, error)
 
-    def _cut_off(self, row: Row) -> None:
-        """Nobody listens to a row any more: what it has is its answer."""
-        if row.pieces is not None:
-            while row.ticket in self._rows:
-                self._advance_alone(row)  # it sees for itself that it was cancelled
-            return
-        if piece := row.writing.end("cancelled"):
-            self._events.append((row, piece))
-        self._end(row, row.writing.answer())
+    def _do(self, jobs: Sequence[tuple[Future[Any], Callable[[], Any]]]) -> None:
+        for done, job in jobs:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(job())
+            except Exception as error:  # whoever asked for it is told
+                done.set_exception(error)
+
+    def _change(self, add: Run | None, remove: str | None) -> None:
+        found = changed(self._models, add, remove)
+        with self._changed:
+            self._models = found.models
+        self._leaving |= set(found.gone)
+
+    def _let_go(self) -> None:
+        """Take out of the stack what nobody is answered by any more."""
+        with self._changed:
+            teams = [*self._coming.values(), *(row.team for row in self._rows.values())]
+            models = [*self._models.values(), *(model for team in teams for model in team.models)]
+        used = {name for model in models for name in adapters_of(model)}
+        if self._slots is not None:
+            for name in self._leaving - used:
+                self._slots.stack.remove(name)
+        self._leaving &= used
 
     def _fail(self, row: Row, error: Exception) -> None:
-        _log.error("%s failed", row.ask.id, exc_info=error)
+        if row.ticket not in self._rows:
+            return
+        _log.error("%s failed", row.ask.id, exc_info=error, extra={"request_id": row.ask.id})
         self._count_failure()
         self._end(row, failed(row.ask.id))
 
@@ -249,17 +263,13 @@ class RowsEngine(Engine):
             self._n_in_a_row += 1
             self._failed_at = time.monotonic()
 
-    def _end(self, row: Row, event: Answer | Refusal, took_s: float | None = None) -> None:
+    def _end(self, row: Row, event: Event, took_s: float | None = None) -> None:
         """A row is over; its place is free."""
-        self._events.append((row, event))
+        self._batch.events.append((row, event))
         with self._changed:
             self._rows.pop(row.ticket, None)
             self._scheduler.leave(row.ticket, took_s)
-        if row.pieces is not None:
-            row.pieces.close()
-        if row.seat is not None and self._slots is not None:
-            with torch.inference_mode():
-                self._slots.close(row.seat)
+        self._batch.leave(row, keeps=isinstance(event, Answer))
 
     def _crash(self) -> None:
         """The loop itself broke: what runs has failed, what waits too where it broke again and again; nothing is left
@@ -274,17 +284,16 @@ class RowsEngine(Engine):
             for ticket in tickets:
                 self._scheduler.leave(ticket)
             broken = [self._rows.pop(ticket) for ticket in tickets if ticket in self._rows]
-        if self._slots is not None:
-            self._slots.reset()
+        self._batch.reset()
         for row in broken:
-            _log.error("%s failed with it", row.ask.id)
-            self._events.append((row, failed(row.ask.id)))
+            _log.error("%s failed with it", row.ask.id, extra={"request_id": row.ask.id})
+            self._batch.events.append((row, failed(row.ask.id)))
         self._hand_out()
         time.sleep(BREATH_S)
 
     def _hand_out(self) -> None:
         """Give what happened to the event loops that wait for it, each woken once."""
-        events, self._events = self._events, []
+        events, self._batch.events = self._batch.events, []
         for loop in {row.loop for row, _ in events}:
             own = [(row, event) for row, event in events if row.loop is loop]
             try:
@@ -294,24 +303,18 @@ class RowsEngine(Engine):
                     row.cancel()
 
 
-def _seat(row: Row) -> Seat:
-    if row.seat is None:
-        raise RuntimeError(f"{row.ask.id} has no seat")
-    return row.seat
-
-
-def _limits(slots: Slots | None, n_slots: int, n_queue: int, cache_mb: int) -> Limits:
-    """How many tokens' keys and values fit into the memory given, and how much a step may read on this device."""
+def _limits(slots: Slots | None, n_slots: int, n_queue: int, n_cache: int) -> Limits:
+    """How many tokens' keys and values fit into `n_cache` bytes, and how much a step may read on this device."""
     if slots is None:
         return Limits(n_slots, n_queue)
     base = slots.stack.base
     weight: Tensor = anatomy.input_embeddings(base).weight  # type: ignore[assignment]
     n_layers = int(anatomy.text_config(base).num_hidden_layers)
     n_bytes = 2 * n_layers * anatomy.key_value_width(base) * weight.element_size()
-    limits = Limits(n_slots, n_queue, max(1, cache_mb * 2**20 // n_bytes))
+    limits = Limits(n_slots, n_queue, max(1, n_cache // n_bytes))
     return limits if weight.device.type == "cpu" else replace(limits, chunk=2048, small_chunk=512)
 
 
-def _put_all(events: Sequence[tuple[Row, str | Answer | Refusal]]) -> None:
+def _put_all(events: Sequence[tuple[Row, Event]]) -> None:
     for row, event in events:
         row.put(event)

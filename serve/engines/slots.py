@@ -8,6 +8,7 @@ read. What a base needs for that is checked when it is opened, by `unfit`: first
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from serve.cache import Frame, SlotCache
+from serve.engines.reuse import Columns
 from toolkit.adapters import anatomy
+from toolkit.combine.gate import Gate
 from toolkit.stack.stack import BASE, Stack
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -25,11 +28,15 @@ FREE_MB = 64  # an empty cache above it gives its memory back
 
 @dataclass(eq=False)
 class Seat:
-    """A row's place; it moves as others come and go. adapter: its name in the stack, None for the base."""
+    """A row's place; it moves as others come and go. adapter: its name in the stack, None for the base. gate: weighs
+    adapters of the stack for every token of a row of the base. n_prefix: columns before its first token.
+    """
 
     adapter: str | None
     owner: int
     slot: int
+    gate: Gate | None = None
+    n_prefix: int = 0
 
 
 class Slots:
@@ -54,12 +61,13 @@ class Slots:
         """Rows that are there."""
         return len(self._seats)
 
-    def open(self, adapter: str | None) -> Seat:
-        """A row of its own for a new answer by this adapter."""
+    def open(self, adapter: str | None, gate: Gate | None = None) -> Seat:
+        """A row of its own for a new answer by this adapter, or by those that a gate weighs."""
         slot = next(slot for slot in range(self._n_settled, len(self._seats) + 1) if slot not in self._seats)
         prefix = () if adapter is None else self.stack.keys_and_values(adapter)
-        seat = Seat(adapter, BASE if adapter is None else self.stack.slots[adapter], slot)
+        seat = Seat(adapter, BASE if adapter is None else self.stack.slots[adapter], slot, gate)
         self.cache.start(slot, prefix)
+        seat.n_prefix = self.cache.length(slot)
         self._seats[slot] = seat
         return seat
 
@@ -68,6 +76,20 @@ class Slots:
         if seat.slot >= self._n_settled:
             self._swap(seat.slot, self._n_settled)
             self._n_settled += 1
+
+    def n_tokens(self, seat: Seat) -> int:
+        """How much of its text a row has read."""
+        return self.cache.length(seat.slot) - seat.n_prefix
+
+    def copied(self, seat: Seat, first: int, last: int) -> Columns:
+        """A copy of the keys and values of a row's tokens from `first` to before `last`."""
+        return self.cache.copied(seat.slot, seat.n_prefix + first, seat.n_prefix + last)
+
+    def recall(self, seat: Seat, pieces: Sequence[Columns]) -> None:
+        """Let a row go on as if it had read tokens whose keys and values these are, `copied` from another row of the
+        same adapter at the same place in its text.
+        """
+        self.cache.append(seat.slot, pieces)
 
     def close(self, seat: Seat) -> None:
         """A row is over. Harmless for one that is not there."""
@@ -89,7 +111,7 @@ class Slots:
     def forward(self, seats: Sequence[Seat], ids: Sequence[Sequence[int]]) -> Tensor:
         """Give each row its next tokens; what follows the last of them, [R, V]. After an exception nothing has changed.
 
-        Cheapest for seats in the order of their slots, with as many tokens each.
+        Cheapest for seats in the order of their slots, with as many tokens each. All have the same gate, or all none.
         """
         counts = [len(row) for row in ids]
         n_tokens = max(counts)
@@ -99,7 +121,7 @@ class Slots:
         keep: dict[str, Any] = {}
         if self._keeps:
             keep["logits_to_keep"] = 1 if len(lasts) == 1 else torch.tensor(lasts, device=self._device)
-        with self.stack.routed([seat.owner for seat in seats], n_tokens=n_tokens):
+        with self._routed(seats, n_tokens):
             logits_RTV: Tensor = self._base(
                 input_ids=ids_RT,
                 attention_mask=self._masks(frame),
@@ -115,6 +137,17 @@ class Slots:
             return logits_RTV[:, 0]
         places = torch.tensor([lasts.index(count - 1) for count in counts], device=self._device)
         return logits_RTV[torch.arange(len(counts), device=self._device), places]
+
+    @contextmanager
+    def _routed(self, seats: Sequence[Seat], n_tokens: int) -> Iterator[None]:
+        """Inside, the base answers for each row as its adapter, or its gate, would have it."""
+        owners, gate = [seat.owner for seat in seats], seats[0].gate
+        if gate is None:
+            with self.stack.routed(owners, n_tokens=n_tokens):
+                yield
+            return
+        with gate.gates(self.stack) as gates, self.stack.routed(owners, gates=gates, n_tokens=n_tokens):
+            yield
 
     def _masks(self, frame: Frame) -> Tensor | dict[str, Tensor]:
         if not self._is_mixed:

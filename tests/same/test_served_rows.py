@@ -12,9 +12,9 @@ import torch
 from transformers import Gemma3TextConfig, MistralConfig
 
 from serve.engines.slots import Slots, unfit
-from serve.engines.writing import Writing, next_tokens
 from tests.stacked_world import BASES, SIZES, World, make_base, off, some_rows, worn
-from toolkit.generate import Sampling
+from toolkit.sampling import Sampling
+from toolkit.writing import Writing, next_tokens
 
 KINDS = ("lora", "lora-7", "prefix", "prefix-2", "reft", "embedding")
 EVERY: list[str | None] = [None, *KINDS]

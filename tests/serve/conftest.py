@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 
-from serve.engines.contract import Ask, Engine, Load, Reply, Served
+from serve.engines.contract import Ask, Auto, Engine, Load, Mix, One, Reply, Served, Vote, Who
 from serve.refusal import Refusal, stopping
+from toolkit.bundle import Run
 from toolkit.disk import write_json
-from toolkit.generate import Answer
+from toolkit.generate import Answer, Finish, TokenLogprob
 from toolkit.shipped import shipped
 
 BASE_FACTS = {"model": "spoken-mini", "revision": None, "quantize": "none", "trust_remote_code": False}
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 64}
 
 
-def served(name: str) -> Served:
+def served(name: str, combination: str | None = None, members: tuple[tuple[str, float], ...] = ()) -> Served:
     return Served(
         name=name,
-        adapter=None if name == "base" else name,
+        adapter=None if name == "base" or combination else name,
         base="spoken-mini",
         base_hash="b" * 64,
         weights_hash=("b" if name == "base" else "a") * 64,
@@ -34,14 +35,17 @@ def served(name: str) -> Served:
         task="chat",
         defaults={"temperature": 0.5, "top_p": 0.8, "max_tokens": 20},
         created=1_700_000_000,
+        combination=combination,
+        members=members,
     )
 
 
 class ScriptedReply(Reply):
-    """Pieces as told; a piece that is an exception is raised. `pace` seconds before each."""
+    """Pieces as told, each a token; a piece that is an exception is raised. `pace` seconds before each."""
 
-    def __init__(self, pieces: list[str | Exception], pace: float) -> None:
-        self.n_prompt, self._pieces, self._pace = 7, pieces, pace
+    def __init__(self, ask: Ask, who: Served, pieces: list[str | Exception], pace: float) -> None:
+        self.n_prompt, self.served, self._pieces, self._pace = 7, who, pieces, pace
+        self._n_logprobs = ask.n_logprobs
         self.n_given = 0
         self.was_cancelled = asyncio.Event()
 
@@ -50,13 +54,24 @@ class ScriptedReply(Reply):
             await asyncio.sleep(self._pace)
             if isinstance(piece, Exception):
                 raise piece
+            if self.was_cancelled.is_set():
+                return
             self.n_given += 1
             yield piece
 
     @property
     def answer(self) -> Answer:
         said = [piece for piece in self._pieces if isinstance(piece, str)]
-        return Answer(tuple(range(len(said))), "".join(said), "stop", self.n_prompt)
+        finish: Finish = "cancelled" if self.was_cancelled.is_set() and self.n_given < len(said) else "stop"
+        return Answer(tuple(range(len(said))), "".join(said), finish, self.n_prompt)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        if self._n_logprobs is None:
+            return []
+        said = [str(piece) for piece in self._pieces[: self.n_given]]
+        top = [TokenLogprob(9, "음", "음".encode(), -2.0 - n) for n in range(self._n_logprobs)]
+        return [TokenLogprob(n, piece, piece.encode(), -0.5, tuple(top)) for n, piece in enumerate(said)]
 
     def cancel(self) -> None:
         self.was_cancelled.set()
@@ -72,17 +87,41 @@ class ScriptedEngine(Engine):
         self.refusal: Exception | None = None
         self.pace = 0.0
         self.is_open = True
+        self.longest = 10**9  # characters of a prompt
+        self.names = ["base", "casual", "polite"]
 
     def models(self) -> Mapping[str, Served]:
-        return {name: served(name) for name in ("base", "casual", "polite")}
+        return {name: served(name) for name in self.names}
+
+    def served(self, who: Who) -> Served:
+        if isinstance(who, One):
+            return served(who.name)
+        if isinstance(who, Mix):
+            return served(str(who), "mix", who.weights)
+        if isinstance(who, Vote):
+            return served(str(who), "vote", tuple((name, 1.0) for name in who.names))
+        return served("polite") if isinstance(who, Auto) else served("base")
+
+    async def classify(
+        self, who: Who, texts: Sequence[str], labels: Sequence[str] | None, key: str = ""
+    ) -> tuple[Served, list[Mapping[str, float]]]:
+        words = list(labels or ("좋음", "나쁨"))
+        return self.served(who), [{word: 1 / len(words) for word in words} for _ in texts]
+
+    async def change(self, add: Run | None, remove: str | None) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.names = [name for name in self.names if name != remove] + ([add.name] if add else [])
 
     async def submit(self, ask: Ask) -> Reply:
         if not self.is_open:
             raise stopping()
         if self.refusal is not None:
             raise self.refusal
+        if sum(len(turn.content) for turn in ask.turns) > self.longest:
+            raise Refusal(400, "too long", "context_length_exceeded", "messages")
         self.asks.append(ask)
-        self.replies.append(ScriptedReply(self.pieces, self.pace))
+        self.replies.append(ScriptedReply(ask, self.served(ask.who), self.pieces, self.pace))
         return self.replies[-1]
 
     def load(self) -> Load:

@@ -1,9 +1,7 @@
 """The routes over an engine that says what it is told: OpenAI's shapes, bounds, keys, errors that name themselves."""
 
 import asyncio
-import gzip
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +10,12 @@ from starlette.testclient import TestClient
 
 from serve.api import Bounds, create_app
 from serve.engines.contract import Load
-from serve.guard import MAX_BODY
+from serve.keys import key_of
 from serve.refusal import Refusal, failed, queue_full
 
 URL = "/v1/chat/completions"
 ASK = {"model": "casual", "messages": [{"role": "user", "content": "오늘 뭐 먹지?"}]}
 KEY = "a-key-of-sixteen-characters"
-JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
@@ -29,7 +26,7 @@ def client(engine: Any) -> Iterator[TestClient]:
 
 @pytest.fixture
 def locked(engine: Any) -> Iterator[TestClient]:
-    app = create_app(engine, Bounds(100, ("another-key-of-sixteen", KEY)), has_page=True)
+    app = create_app(engine, Bounds(100, (key_of("another-key-of-sixteen"), key_of(KEY, "app"))), has_page=True)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -46,7 +43,8 @@ def test_an_answer_has_the_shape_of_openai(client: TestClient) -> None:
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "아무거나 먹자.", "refusal": None}
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-    assert answer["maltu"] == {"adapter": "casual", "weights_hash": "a" * 64, "unused": ["user"]}
+    told = {"adapter": "casual", "routing": None, "weights_hash": "a" * 64, "unused": ["user"]}
+    assert answer["maltu"] == told
     assert answer["id"] == f"chatcmpl-{response.headers['x-request-id']}"
 
 
@@ -106,48 +104,6 @@ def test_readiness_says_that_the_engine_fails(client: TestClient, engine: Any, m
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
 
 
-ATTACKS = [
-    ("GET", "/nope", {}, b"", 404, "not_found"),
-    ("GET", "/v1/nope", {}, b"", 404, "not_found"),
-    ("GET", URL, {}, b"", 405, "method_not_allowed"),
-    ("DELETE", "/v1/models", {}, b"", 405, "method_not_allowed"),
-    ("GET", "/docs", {}, b"", 404, "not_found"),
-    ("GET", "/", {}, b"", 404, "not_found"),
-    ("GET", "/gradio_api/file=/etc/passwd", {}, b"", 404, "not_found"),
-    ("POST", URL, JSON, b"{", 400, "invalid_json"),
-    ("POST", URL, JSON, b"[" * 100_000, 400, "invalid_json"),
-    ("POST", URL, JSON, b'{"model": NaN}', 400, "invalid_json"),
-    ("POST", URL, JSON, b"\xff", 400, "invalid_json"),
-    ("POST", URL, {}, json.dumps(ASK).encode(), 415, "unsupported_media_type"),
-    ("POST", URL, {"content-type": "text/plain"}, json.dumps(ASK).encode(), 415, "unsupported_media_type"),
-    ("POST", URL, {"content-type": "application/json; charset=euc-kr"}, b"{}", 415, "unsupported_media_type"),
-    ("POST", URL, JSON | {"content-encoding": "gzip"}, gzip.compress(b" " * 10**7), 415, "unsupported_media_type"),
-    ("POST", URL, JSON, b" " * (MAX_BODY + 1), 413, "body_too_large"),
-    ("POST", URL, JSON | {"content-length": "1e9"}, b"{}", 413, "body_too_large"),
-    ("POST", URL, JSON, json.dumps(ASK | {"model": "gpt-4o"}).encode(), 404, "model_not_found"),
-    ("POST", URL, JSON, json.dumps(ASK | {"model": "../../etc"}).encode(), 404, "model_not_found"),
-    ("POST", URL, JSON, json.dumps(ASK | {"n": 10**6}).encode(), 400, "unsupported_parameter"),
-    ("POST", URL, JSON, json.dumps(ASK | {"max_tokens": 2**31}).encode(), 400, "integer_above_max_value"),
-    ("POST", URL, JSON, json.dumps(ASK | {"messages": ASK["messages"] * 257}).encode(), 400, "invalid_value"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "path", "headers", "body", "status", "code"), ATTACKS, ids=lambda v: ascii(v)[:40])
-def test_an_attack_meets_its_status(
-    client: TestClient, method: str, path: str, headers: dict[str, str], body: bytes, status: int, code: str
-) -> None:
-    response = client.request(method, path, headers=headers, content=body)
-    error = response.json()["error"]
-    assert (response.status_code, error["code"]) == (status, code)
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
-
-
-def test_a_body_that_hides_its_length_is_still_bounded(client: TestClient) -> None:
-    response = client.post(URL, headers=JSON, content=(b" " * 2**18 for _ in range(5)))
-    assert response.status_code == 413
-
-
 def test_a_client_cannot_choose_the_request_id(client: TestClient) -> None:
     response = client.get("/healthz", headers={"x-request-id": "mine"})
     assert response.headers["x-request-id"] != "mine"
@@ -179,24 +135,6 @@ def test_a_stream_that_breaks_half_way_ends_with_the_error(client: TestClient, e
     engine.pieces = ["아", Refusal(503, "stopping", "stopping")]
     *_, piece, last = events_of(client.post(URL, json=ASK | {"stream": True}).text)
     assert piece["choices"][0]["delta"] == {"content": "아"} and last["error"]["code"] == "stopping"
-
-
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/casual", URL, "/openapi.json", "/v1/nope"])
-@pytest.mark.parametrize(
-    "header", [None, "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", KEY, "Bearer", "Bearer 열쇠"]
-)
-def test_without_a_key_nothing_is_answered(locked: TestClient, path: str, header: str | None) -> None:
-    headers = {} if header is None else {"authorization": header.encode()}
-    response = locked.request("POST" if path == URL else "GET", path, headers=headers)
-    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-    assert response.headers["www-authenticate"] == "Bearer"
-
-
-@pytest.mark.parametrize(
-    "path", ["//v1/models", "/v1/../v1/models", "/V1/models", "/%2fv1/models", "/v1%2fmodels", "/./v1/models"]
-)
-def test_a_trick_with_the_path_opens_nothing(locked: TestClient, path: str) -> None:
-    assert locked.get(path).status_code in (401, 404)
 
 
 def test_a_key_opens_the_api(locked: TestClient) -> None:
@@ -245,6 +183,8 @@ def test_a_client_that_leaves_cancels_its_answer(engine: Any, streams: bool) -> 
 
 
 def test_the_api_describes_its_request(client: TestClient) -> None:
-    schema = client.get("/openapi.json").json()
-    body = schema["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"model", "messages", "max_completion_tokens"} <= set(body["properties"])
+    described = client.get("/openapi.json").json()
+    body = described["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/Chat"}
+    properties = described["components"]["schemas"]["Chat"]["properties"]
+    assert {"model", "messages", "max_completion_tokens"} <= set(properties)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.engines.contract import Ask, Engine, Reply
+from serve.engines.contract import Ask, Engine, One, Reply
 from serve.engines.rows import RowsEngine
 from serve.refusal import Refusal
 from toolkit.corpus.talk import Turn
@@ -17,7 +17,7 @@ TURNS = (Turn("user", "오늘 뭐 먹지?"),)
 
 
 def ask(model: str = "casual", text: str = "오늘 뭐 먹지?", sampling: Sampling = GREEDY) -> Ask:
-    return Ask("id", model, (Turn("user", text),), sampling)
+    return Ask("id", One(model), (Turn("user", text),), sampling)
 
 
 async def said(reply: Reply) -> str:
@@ -37,6 +37,23 @@ class EngineContract:
         models = engine.models()
         assert {"casual", "polite"} <= set(models) and all(name == one.name for name, one in models.items())
         assert engine.load().state == "ready"
+
+    def test_who_answers_is_described_and_nobody_is_a_404(self, engine: Engine) -> None:
+        assert engine.served(One("casual")) == engine.models()["casual"]
+        with pytest.raises(Refusal) as raised:
+            engine.served(One("nobody"))
+        assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+        assert asyncio.run(refused(engine, ask("nobody"))).status == 404
+
+    def test_log_probabilities_are_those_of_the_tokens(self, engine: Engine) -> None:
+        async def run() -> None:
+            reply = await engine.submit(Ask("id", One("casual"), TURNS, GREEDY, n_logprobs=1))
+            assert await said(reply) == reply.answer.text and reply.served.name == "casual"
+            told = reply.answer.logprobs
+            assert tuple(one.id for one in told) == reply.answer.ids and tuple(reply.logprobs) == told
+            assert all(one.logprob <= 0 and one.top[0].logprob == one.logprob for one in told)
+
+        asyncio.run(run())
 
     def test_pieces_join_to_the_answer(self, engine: Engine) -> None:
         async def run() -> None:
@@ -70,7 +87,7 @@ class EngineContract:
         assert (refusal.status, refusal.code) == (400, "context_length_exceeded")
 
     def test_turns_that_the_template_does_not_write_are_refused(self, engine: Engine) -> None:
-        assert asyncio.run(refused(engine, Ask("id", "casual", (Turn("system", ""),), GREEDY))).status == 400
+        assert asyncio.run(refused(engine, Ask("id", One("casual"), (Turn("system", ""),), GREEDY))).status == 400
 
     def test_a_cancelled_answer_ends_within_a_step(self, engine: Engine) -> None:
         async def run() -> None:

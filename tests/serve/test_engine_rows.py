@@ -11,7 +11,7 @@ import torch
 
 from serve.engines import rows as room
 from serve.engines import slots as slots_room
-from serve.engines.contract import Ask, Reply
+from serve.engines.contract import Ask, One, Reply
 from serve.engines.models import Model
 from serve.engines.rows import RowsEngine
 from serve.refusal import Refusal
@@ -61,7 +61,7 @@ def start(models: dict[str, Model]) -> Iterator[Callable[..., RowsEngine]]:
 
 
 def ask(model: str = "lora", text: str = "오늘 뭐 먹지?", sampling: Sampling = SHORT, id: str = "id") -> Ask:
-    return Ask(id, model, (Turn("user", text),), sampling)
+    return Ask(id, One(model), (Turn("user", text),), sampling)
 
 
 async def said(engine: RowsEngine, one: Ask) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_full_mixed_batch(start: C
 
 
 def test_answers_in_a_stack_are_those_of_models_of_their_own(start: Callable[..., RowsEngine], bare: Any) -> None:
-    asks = [replace(one, model="base") for one in mixed(9)]
+    asks = [replace(one, who=One("base")) for one in mixed(9)]
     own = {"base": bare.alone["base"]}
     assert asyncio.run(all_said(start(), asks)) == asyncio.run(all_said(start(models=own), asks))
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve.engines.contract import Ask
+from serve.engines.contract import Ask, One
 from serve.engines.models import Model, open_models
 from serve.engines.rows import RowsEngine
 from serve.runs import find_runs
 from toolkit.corpus.talk import Turn
-from toolkit.errors import AdapterError, RunError
+from toolkit.errors import AdapterError, AloneError, RunError
 from toolkit.generate import Sampling, generate
 from toolkit.loaded import load_run
+from toolkit.stack.adapter import ALONE
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def served_answers(models: dict[str, Model], *names: str) -> list[tuple[int, ...
     """What an engine over the models answers, all of them at once."""
 
     async def one(engine: RowsEngine, name: str) -> tuple[int, ...]:
-        reply = await engine.submit(Ask("id", name, TURNS, GREEDY))
+        reply = await engine.submit(Ask("id", One(name), TURNS, GREEDY))
         async for _ in reply:
             pass
         return reply.answer.ids
@@ -128,3 +129,12 @@ def test_a_prefix_takes_its_part_of_the_context(models: dict[str, Model], monkey
 def test_the_weights_learn_nothing(models: dict[str, Model]) -> None:
     assert not any(p.requires_grad for model in models.values() for p in model.loaded.model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_whether_an_adapter_runs_alone_is_told_by_its_error_and_not_by_its_words(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "polite", tmp_path / "words")
+    config = tmp_path / "words/adapters/main/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": ALONE}))
+    with pytest.raises(AdapterError) as raised:
+        open_models(find_runs(["casual", str(tmp_path / "words")], runs), "cpu")
+    assert not isinstance(raised.value, AloneError)

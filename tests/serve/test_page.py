@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.keys import Key, key_of
+
 playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
@@ -40,10 +42,10 @@ def address(engine: Any) -> Iterator[str]:
 
 @pytest.fixture
 def locked(engine: Any) -> Iterator[str]:
-    yield from serve_page(engine, (KEY,))
+    yield from serve_page(engine, (key_of(KEY),))
 
 
-def serve_page(engine: Any, keys: tuple[str, ...]) -> Iterator[str]:
+def serve_page(engine: Any, keys: tuple[Key, ...]) -> Iterator[str]:
     """API and page over the scripted engine, in a thread of their own."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import uvicorn

@@ -220,3 +220,71 @@ def test_whatever_comes_and_goes_everybody_is_served_within_the_limits(seed: int
         if n_joined == 300 and not one.running and not one.waiting:
             break
     assert n_over == n_joined == 300
+
+
+def team(n_rows: int, n_prompt: int = 10, n_columns: int = 20) -> Ticket:
+    return Ticket("mix", n_prompt, n_columns, n_rows=n_rows)
+
+
+def test_a_team_takes_as_many_slots_as_it_has_rows_or_none() -> None:
+    one = scheduler(n_slots=4)
+    join(one, ticket(), ticket())
+    pair = join(one, team(2))[0]
+    assert len(one.admit()) == 3 and one.n_rows == 4
+    late = join(one, team(3))[0]
+    one.leave(pair)
+    assert one.admit() == ()
+    one.leave(one.running[0])
+    assert one.admit() == (late,)
+
+
+def test_a_team_that_waits_for_slots_is_overtaken_but_not_for_ever() -> None:
+    one = scheduler(n_slots=3, n_queue=1000)
+    running = list(join(one, ticket("a"), ticket("b")))
+    one.admit()
+    large = join(one, team(3))[0]
+    for n_passed in range(3 * PATIENCE):
+        join(one, ticket(f"model {n_passed}"))
+        admitted = one.admit()
+        if large in admitted:
+            break
+        running += admitted
+        one.leave(running.pop(0))
+    assert large in one.running and n_passed <= 2 * PATIENCE
+
+
+def test_a_team_larger_than_everything_runs_by_itself() -> None:
+    one = scheduler(n_slots=2, n_cells=100)
+    large = join(one, team(5, n_columns=1000))[0]
+    assert one.admit() == (large,)
+    join(one, ticket())
+    assert one.admit() == ()
+    one.leave(large)
+    assert len(one.admit()) == 1
+
+
+def test_memory_is_counted_by_rows() -> None:
+    one = scheduler(n_slots=9, n_cells=100)
+    join(one, team(3, n_columns=30))
+    one.admit()
+    join(one, ticket(n_columns=30))
+    assert one.admit() == ()
+
+
+def test_a_slot_that_a_team_needs_no_more_is_free() -> None:
+    one = scheduler(n_slots=3)
+    pair = join(one, team(3))[0]
+    one.admit()
+    join(one, ticket())
+    assert one.admit() == ()
+    pair.n_rows -= 1
+    assert len(one.admit()) == 1
+
+
+def test_a_chunk_counts_every_row_of_a_team() -> None:
+    one = scheduler(chunk=64, small_chunk=64)
+    join(one, team(4, n_prompt=200), ticket(n_prompt=200))
+    assert all(sum(read.n_rows * n_tokens for read, n_tokens in run(one)) <= 64 for _ in range(5))
+    wide = scheduler(chunk=4, small_chunk=4)
+    join(wide, team(9, n_prompt=2))
+    assert [n_tokens for _, n_tokens in run(wide)] == [1]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from serve.reading import read_model
 from serve.refusal import Refusal
-from serve.schemas import Chat, read_chat
+from serve.schemas import Chat, Classify, read_chat, read_completion
 
 ASK = {"model": "casual", "messages": [{"role": "user", "content": "오늘 뭐 먹지?"}]}
 
@@ -27,14 +28,27 @@ def refused(body: bytes) -> Refusal:
     ("field", "value", "param", "code"),
     [
         ("tempurature", 1, "tempurature", "unsupported_parameter"),
-        ("n", 2, "n", "unsupported_parameter"),
-        ("n", 10**6, "n", "unsupported_parameter"),
-        ("n", True, "n", "unsupported_parameter"),
-        ("logprobs", True, "logprobs", "unsupported_parameter"),
+        ("n", 17, "n", "integer_above_max_value"),
+        ("n", 10**6, "n", "integer_above_max_value"),
+        ("n", 0, "n", "invalid_value"),
+        ("n", True, "n", "invalid_value"),
+        ("logprobs", 3, "logprobs", "invalid_value"),
+        ("top_logprobs", 21, "top_logprobs", "invalid_value"),
+        ("top_k", -1, "top_k", "invalid_value"),
+        ("min_p", 1.0, "min_p", "invalid_value"),
+        ("repetition_penalty", 0, "repetition_penalty", "invalid_value"),
+        ("presence_penalty", 2.5, "presence_penalty", "invalid_value"),
+        ("frequency_penalty", -2.5, "frequency_penalty", "invalid_value"),
+        ("logit_bias", {"5": 101}, "logit_bias", "invalid_value"),
+        ("logit_bias", {"five": 1}, "logit_bias", "invalid_value"),
+        ("logit_bias", {str(i): 1 for i in range(301)}, "logit_bias", "invalid_value"),
+        ("maltu", {"truncation": "middle"}, "maltu.truncation", "invalid_value"),
+        ("maltu", {"conversation": "kim"}, "maltu.conversation", "invalid_value"),
+        ("maltu", {"template": "x"}, "maltu.template", "unsupported_parameter"),
+        ("maltu", {"mix": {"a": 1}, "vote": ["a"]}, "maltu", "invalid_value"),
+        ("maltu", {"over": "prob"}, "maltu", "invalid_value"),
         ("tools", [{"type": "function"}], "tools", "unsupported_parameter"),
         ("response_format", {"type": "json_object"}, "response_format", "unsupported_parameter"),
-        ("presence_penalty", 0.5, "presence_penalty", "unsupported_parameter"),
-        ("logit_bias", {"5": 1}, "logit_bias", "unsupported_parameter"),
         ("chat_template", "{{ 1 }}", "chat_template", "unsupported_parameter"),
         ("temperature", 2.1, "temperature", "invalid_value"),
         ("temperature", "0.7", "temperature", "invalid_value"),
@@ -107,6 +121,8 @@ def test_the_message_holds_every_problem() -> None:
         json.dumps(ASK, ensure_ascii=False).replace("먹지?", "\\ud800").encode(),
         b'{"\\udfff": 1}',
         b"1" * 5000,
+        b'{"model": "a", "model": "b"}',
+        b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}",
     ],
     ids=lambda body: ascii(body[:20]),
 )
@@ -162,6 +178,62 @@ def test_either_name_of_the_limit_counts() -> None:
 
 def test_two_limits_that_disagree_are_refused() -> None:
     assert "disagree" in refused(json.dumps(ASK | {"max_tokens": 9, "max_completion_tokens": 8}).encode()).message
+
+
+def test_likely_tokens_are_told_where_log_probabilities_are() -> None:
+    assert read().n_logprobs is None and read(logprobs=False).n_logprobs is None
+    assert read(logprobs=True).n_logprobs == 0 and read(logprobs=True, top_logprobs=3).n_logprobs == 3
+    assert "top_logprobs" in refused(json.dumps(ASK | {"top_logprobs": 2}).encode()).message
+
+
+def test_a_bias_is_by_token_id() -> None:
+    assert read(logit_bias={"5": -100, "017": 1.5}).bias == {5: -100.0, 17: 1.5}
+
+
+def test_one_prompt_is_a_list_of_one() -> None:
+    asked = {"model": "base", "prompt": unicodedata.normalize("NFD", "옛날 옛적에")}
+    assert read_completion(json.dumps(asked).encode(), 100).prompt == ["옛날 옛적에"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param", "code"),
+    [
+        ("prompt", "", "prompt", "invalid_value"),
+        ("prompt", [], "prompt", "invalid_value"),
+        ("prompt", [1, 2, 3], "prompt", "unsupported_parameter"),
+        ("prompt", [[1, 2]], "prompt", "unsupported_parameter"),
+        ("prompt", ["가"] * 17, "prompt", "invalid_value"),
+        ("n", 9, "", "invalid_value"),
+        ("echo", True, "echo", "unsupported_parameter"),
+        ("suffix", "끝", "suffix", "unsupported_parameter"),
+        ("best_of", 3, "best_of", "unsupported_parameter"),
+        ("logprobs", True, "logprobs", "invalid_value"),
+        ("messages", [], "messages", "unsupported_parameter"),
+    ],
+)
+def test_a_completion_that_cannot_be_answered_is_named(field: str, value: Any, param: str, code: str) -> None:
+    asked = {"model": "base", "prompt": ["옛날", "옛적"]} | {field: value}
+    with pytest.raises(Refusal) as raised:
+        read_completion(json.dumps(asked).encode(), max_tokens=100)
+    assert (raised.value.param or "", raised.value.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input": []},
+        {"input": " "},
+        {"input": ["가"] * 65},
+        {"labels": ["하나"]},
+        {"labels": ["같다", "같다"]},
+        {"labels": [""]},
+        {"labels": ["x" * 101, "y"]},
+    ],
+)
+def test_texts_and_labels_are_bounded(wrong: dict[str, Any]) -> None:
+    with pytest.raises(Refusal) as raised:
+        read_model(Classify, json.dumps({"model": "base", "input": "좋아요"} | wrong).encode())
+    assert raised.value.param == next(iter(wrong))
 
 
 def test_stream_options_want_a_stream() -> None:

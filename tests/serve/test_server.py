@@ -13,6 +13,9 @@ import httpx
 import openai
 import pytest
 
+from serve.keys import new_key
+from serve.store import Store, Which
+
 pytestmark = pytest.mark.slow
 
 LUNCH: list[Any] = [{"role": "user", "content": "오늘 뭐 먹지?"}]
@@ -74,6 +77,40 @@ def test_an_answer_of_the_client_can_be_sent_back(client: Any) -> None:
     assert again.choices[0].message.content is not None
 
 
+def test_the_openai_client_gets_several_answers_with_log_probabilities(client: Any) -> None:
+    asked = {"model": "polite", "messages": LUNCH, "seed": 5, "temperature": 1.5, "max_tokens": 8}
+    several = client.chat.completions.create(**asked, n=3, logprobs=True, top_logprobs=2)
+    alone = client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in several.choices]
+    assert texts[0] == alone.choices[0].message.content and len(set(texts)) == 3
+    told = several.choices[0].logprobs.content
+    assert b"".join(bytes(one.bytes) for one in told).decode(errors="replace").startswith(texts[0][:3])
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in told)
+
+
+def test_the_openai_client_goes_on_with_running_text(client: Any) -> None:
+    asked = {"model": "base", "prompt": "옛날 옛적에", "temperature": 0, "max_tokens": 8}
+    whole = client.completions.create(**asked)
+    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
+    assert whole.choices[0].text == streamed != "" and whole.usage.completion_tokens <= 8
+
+
+def test_a_mixture_with_all_the_weight_on_one_answers_as_it_does(client: Any) -> None:
+    asked = {"messages": LUNCH, "temperature": 0, "max_tokens": 12}
+    mixed = client.chat.completions.create(model="mix:polite=1,casual=0", **asked)
+    alone = client.chat.completions.create(model="polite", **asked)
+    assert mixed.choices[0].message.content == alone.choices[0].message.content
+    assert mixed.model_extra["maltu"]["routing"]["kind"] == "mix"
+
+
+def test_what_the_machine_reads_of_the_server_can_be_read(server: Any, client: Any) -> None:
+    client.chat.completions.create(model="casual", messages=LUNCH, max_tokens=4)
+    text = httpx.get(f"{server.address}/metrics").text
+    assert 'maltu_requests_total{model="casual",outcome="ok",route="/v1/chat/completions"}' in text
+    lines = [json.loads(line) for line in server.log.read_text(encoding="utf-8").splitlines()]
+    assert lines and all("request_id" in line for line in lines if line["message"] == "request")
+
+
 def test_the_openai_client_lists_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["base", "casual", "polite"]
     assert client.models.retrieve("polite").model_extra["maltu"]["kind"] == "run"
@@ -84,8 +121,8 @@ def test_the_openai_client_raises_its_own_errors(client: Any) -> None:
         client.chat.completions.create(model="gpt-4o", messages=LUNCH)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model="casual", messages=LUNCH, n=3)
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
+        client.chat.completions.create(model="casual", messages=LUNCH, parallel_tool_calls=True)
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "parallel_tool_calls")
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model="casual", messages=[{"role": "user", "content": "말 " * 5000}])
     assert long.value.code == "context_length_exceeded"
@@ -110,7 +147,7 @@ def open_request(address: str, body: dict[str, Any]) -> socket.socket:
     place = urlsplit(address)
     connection = socket.create_connection((place.hostname, place.port), timeout=30)
     payload = json.dumps(body).encode()
-    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
     connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}".encode() + payload)
     return connection
 
@@ -164,7 +201,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(runs: Path, tmp_path: Path,
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{one.address}/healthz")
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert "Traceback" not in log and "ERROR" not in log
+    assert "Traceback" not in log and '"level": "error"' not in log
 
 
 def test_a_port_that_is_taken_is_an_error_before_anything_loads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,12 +215,39 @@ def test_a_port_that_is_taken_is_an_error_before_anything_loads(runs: Path, caps
     assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
 
 
+def test_runs_come_and_go_and_feedback_stays(runs: Path, tmp_path: Path, start: Callable[..., Any]) -> None:
+    admin = {"authorization": f"Bearer {new_key('root', tmp_path / 'admin')}"}
+    place = f"sqlite:///{tmp_path}/feedback.db"
+    words = ("--admin-key-file", str(tmp_path / "admin"), "--store", place, "--keep-conversations")
+    one = start("casual", "--runs", str(runs), "--no-ui", *words, log=tmp_path / "log.txt")
+    assert place in one.said and "/admin" in one.said
+    with httpx.Client(base_url=one.address, timeout=30) as client:
+        assert client.post("/admin/load", json={"run": "polite"}).status_code == 401
+        assert client.post("/admin/load", json={"run": "polite"}, headers=admin).json()["models"][-1] == "polite"
+        told = {"conversation": "conversation-0001"}
+        asked = {"model": "mix:polite=0.5,casual=0.5", "messages": LUNCH, "max_tokens": 8, "maltu": told}
+        said = client.post("/v1/chat/completions", json=asked).json()
+        labels = client.post("/v1/classify", json={"model": "polite", "input": "좋아요", "labels": ["긍정", "부정"]})
+        assert labels.json()["data"][0]["label"] in ("긍정", "부정")
+        answer = {"content": said["choices"][0]["message"]["content"], "response_id": said["id"]}
+        thumb = {"kind": "thumb", "messages": LUNCH, "answer": answer, "value": "up"} | told
+        assert client.post("/v1/feedback", json=thumb).json()["known"]
+        assert client.post("/admin/unload", json={"run": "polite"}, headers=admin).status_code == 200
+        assert client.post("/v1/chat/completions", json=asked).status_code == 404
+    one.process.kill()
+    store = Store(place)
+    (record,) = store.each()
+    assert store.count(Which()) == (1, 1) and record.payload["answers"][0]["routing"]["weights"]["polite"] == 0.5
+    store.close()
+
+
 def test_an_api_key_file_locks_the_api(runs: Path, tmp_path: Path, start: Callable[..., Any]) -> None:
-    (tmp_path / "keys").write_text("a-key-of-sixteen-characters\n", encoding="utf-8")
+    key = new_key("app", tmp_path / "keys")
     keys = ("--api-key-file", str(tmp_path / "keys"))
     one = start("polite", "--runs", str(runs), "--no-ui", *keys, log=tmp_path / "log.txt")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{one.address}/v1", api_key="wrong").models.list()
-    client = openai.OpenAI(base_url=f"{one.address}/v1", api_key="a-key-of-sixteen-characters", max_retries=0)
+    client = openai.OpenAI(base_url=f"{one.address}/v1", api_key=key, max_retries=0)
     assert client.chat.completions.create(model="polite", messages=LUNCH, max_tokens=4).choices
-    assert "a-key-of" not in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert key not in "".join(lines) and json.loads(lines[-1])["key"] == "app"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.keys import key_of
 from serve.settings import is_loopback, read_settings
 from toolkit.errors import InputError
 
@@ -33,8 +34,10 @@ def test_a_flag_wins_over_the_environment() -> None:
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(InputError) as raised:
-        read_settings(["casual", "--port", "x", "--queue", "-1", "--host", "0.0.0.0"], {"MALTU_NO_UI": "maybe"})
-    assert {problem.where for problem in raised.value.problems} == {"--port", "--queue", "--host", "MALTU_NO_UI"}
+        wrong = ["--port", "x", "--queue", "-1", "--host", "0.0.0.0", "--rate", "0/minute"]
+        read_settings(["casual", *wrong], {"MALTU_NO_UI": "maybe"})
+    found = {problem.where for problem in raised.value.problems}
+    assert found == {"--port", "--queue", "--host", "--rate", "MALTU_NO_UI"}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "example.org", ""])
@@ -51,12 +54,24 @@ def test_loopback_needs_no_key(host: str) -> None:
 
 def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# 우리 앱\n{KEY}\n\n  {KEY}-2  \n", encoding="utf-8")
+    one, two = key_of(KEY, "app"), key_of(f"{KEY}-2", "other", "60/minute")
+    lines = f"# 우리 앱\napp sha256:{one.digest}\n\n  other sha256:{two.digest} 60/minute  \n"
+    file.write_text(lines, encoding="utf-8")
     settings = read_settings(["casual", "--host", "0.0.0.0", "--api-key-file", str(file)], {})
-    assert settings.keys == (KEY, f"{KEY}-2")
+    assert settings.keys == (one, two)
 
 
-@pytest.mark.parametrize(("text", "says"), [("# nothing\n", "no key"), (f"{KEY}\nshort\n", "line 2")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("# nothing\n", "no key"),
+        (f"# keys\n{KEY}\n", "line 2"),
+        (f"app {KEY}\n", "as hashes"),
+        (f"app sha256:{'0' * 63}\n", "line 1"),
+        (f"a/b sha256:{'0' * 64}\n", "line 1"),
+        (f"app sha256:{'0' * 64} often\n", "'often' is no rate"),
+    ],
+)
 def test_a_key_file_that_protects_nothing_is_refused(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "keys"
     file.write_text(text, encoding="utf-8")
@@ -67,3 +82,15 @@ def test_a_key_file_that_protects_nothing_is_refused(tmp_path: Path, text: str, 
 def test_a_missing_key_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_settings(["casual", "--api-key-file", str(tmp_path / "none"), "--host", "0.0.0.0"], {})
+
+
+def test_feedback_lies_beside_the_runs_unless_told() -> None:
+    assert read_settings(["casual", "--runs", "mine"], {}).store == "sqlite:///mine/.store/feedback.db"
+    assert read_settings(["casual"], {"MALTU_STORE": "postgresql://h/d"}).store == "postgresql://h/d"
+    assert read_settings(["casual", "--store", "none"], {}).store is None
+
+
+def test_conversations_are_kept_only_when_told_and_only_in_a_store() -> None:
+    assert not read_settings(["casual"], {}).keeps and read_settings(["casual", "--keep-conversations"], {}).keeps
+    with pytest.raises(InputError, match="no store"):
+        read_settings(["casual", "--keep-conversations", "--store", "none"], {})

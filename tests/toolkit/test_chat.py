@@ -15,6 +15,7 @@ import torch
 from toolkit import chat, loaded
 from toolkit.bases.load import load_base
 from toolkit.bundle import Run
+from toolkit.combine import speaker
 from toolkit.corpus.render import Renderer
 from toolkit.corpus.talk import Turn
 from toolkit.errors import InputError
@@ -42,11 +43,12 @@ def piped(casual: LoadedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def run(text: bytes, *options: str) -> tuple[int, list[str], str, list[bool]]:
         opened: list[bool] = []
 
-        def load_run(path: Path, device: str, *, with_adapter: bool) -> LoadedRun:
+        def load_run(path: Path, device: str, adapter: str, *, with_adapter: bool) -> LoadedRun:
             opened.append(with_adapter)
             return casual
 
         monkeypatch.setattr(loaded, "load_run", load_run)
+        monkeypatch.setattr(speaker, "speaks", lambda path: False)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
         parser = argparse.ArgumentParser()
         chat.add_arguments(parser)

@@ -20,7 +20,7 @@ def test_every_method_that_can_be_applied_is_described_once() -> None:
     assert names_of("merge") == tuple(MERGES)
     assert names_of("mix") == get_args(Over)
     assert names_of("vote") == (*get_args(Vote), "majority")
-    assert len({(method.kind, method.name) for method in METHODS}) == len(METHODS) == 13
+    assert len({(method.kind, method.name) for method in METHODS}) == len(METHODS) == 22
     assert {name for names in KIND_METHODS.values() for name in names} == set(MERGES)
 
 

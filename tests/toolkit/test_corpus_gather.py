@@ -181,3 +181,34 @@ def test_labels_are_gathered_by_share(tmp_path: Path) -> None:
     labels = Labels(text="text", label="label", names={"0": "부정", "1": "긍정"})
     corpus = gathered(str(tmp_path / "a.jsonl"), format=labels, valid=0.2, test=0.0)
     assert [talk.label for talk in corpus.valid].count("긍정") == 4
+
+
+def test_held_out_talk_keeps_the_file_that_it_was_drawn_from(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", *(f"{number}번 질문" for number in range(30)))
+    second = write(tmp_path / "b.jsonl", *(f"{number}번째 이야기" for number in range(30)))
+    corpus = gather(Data(train=(first, second)), 0, None)
+    for part, entry in (
+        (corpus.train, corpus.entry),
+        (corpus.valid, corpus.entry_valid),
+        (corpus.test, corpus.entry_test),
+    ):
+        assert len(part) == len(entry) > 0
+        assert entry.tolist() == ["이야기" in text for text in asked(part)]
+    assert set(corpus.entry_valid.tolist()) == {0, 1}
+
+
+def test_talk_of_a_file_named_for_valid_or_test_was_drawn_from_nowhere(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", *(f"{number}번 질문" for number in range(20)))
+    held = write(tmp_path / "b.jsonl", "시험", "또 시험")
+    corpus = gather(Data(train=(train,), valid=0.1, test=(held,)), 0, None)
+    assert (corpus.entry_valid.tolist(), corpus.entry_test.tolist()) == ([0, 0], [-1, -1])
+    assert corpus.entry.tolist() == [0] * 18
+
+
+def test_each_expert_s_share_of_one_split_is_found_again(tmp_path: Path) -> None:
+    names = [write(tmp_path / f"{i}.jsonl", *(f"{i} {number}번 질문" for number in range(40))) for i in range(3)]
+    whole = gather(Data(train=tuple(names)), 0, None)
+    held = {text for part in (whole.valid, whole.test) for text in asked(part)}
+    for place in range(3):
+        learned = [text for text, own in zip(asked(whole.train), whole.entry, strict=True) if own == place]
+        assert learned and not held & set(learned) and all(text.startswith(f"{place} ") for text in learned)

@@ -21,15 +21,7 @@ from transformers import (
 
 from toolkit.adapters.opened import measuring
 from toolkit.errors import InputError, MaltuError
-from toolkit.generate import (
-    Sampling,
-    choose,
-    end_ids,
-    generate,
-    keep_likely,
-    noise,
-    stream,
-)
+from toolkit.generate import Sampling, end_ids, generate, stream
 from toolkit.shipped import shipped
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
@@ -253,50 +245,6 @@ def test_end_ids_hold_the_eos_and_what_the_template_puts_after_an_answer() -> No
     assert end_ids(spoken_mini(), tokenizer()) == {4} and end_ids(spoken_mini(), other) == {4, 1}
 
 
-def test_temperature_zero_takes_the_likeliest_token() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
-    assert choose(logits, Sampling(temperature=0.0), [0.9, 0.9]) == [1, 0]
-
-
-def test_noise_lands_in_the_cumulative_probabilities() -> None:
-    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
-    plain = Sampling(temperature=1.0, top_p=1.0)
-    assert [choose(logits, plain, [u])[0] for u in (0.0, 0.19, 0.21, 0.69, 0.71, 0.9999)] == [0, 0, 1, 1, 2, 2]
-
-
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
-    assert {choose(logits, Sampling(temperature=1.0, top_p=1.0), [u])[0] for u in (0.0, 0.5, 1 - 2**-32)} == {1}
-
-
-@pytest.mark.parametrize(
-    ("sampling", "kept"),
-    [
-        (Sampling(top_p=1.0), [0, 1, 2, 3]),
-        (Sampling(top_k=2, top_p=1.0), [1, 3]),
-        (Sampling(top_p=0.6), [1, 3]),
-        (Sampling(top_p=0.39), [1]),
-        (Sampling(top_p=1.0, min_p=0.5), [1, 3]),
-        (Sampling(top_k=3, top_p=0.5), [1, 3]),
-    ],
-)
-def test_filters_keep_the_likely(sampling: Sampling, kept: list[int]) -> None:
-    probs = torch.tensor([[0.1, 0.4, 0.15, 0.35]])
-    assert keep_likely(probs, sampling)[0].nonzero()[:, 0].tolist() == kept
-
-
-def test_top_p_beyond_the_top_256_equals_a_full_sort() -> None:
-    probs = torch.softmax(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 0.1, -1)
-    ranked = probs.sort(-1, descending=True).values
-    n_inside = ((ranked.cumsum(-1) - ranked) < 0.9).sum(-1)
-    assert torch.equal((keep_likely(probs, Sampling(top_p=0.9)) > 0).sum(-1), n_inside)
-
-
-def test_a_repetition_penalty_weakens_what_was_seen() -> None:
-    logits, seen = torch.tensor([[2.0, 1.5], [-1.0, -1.5]]), torch.tensor([[True, False], [True, False]])
-    assert choose(logits, Sampling(temperature=0.0, repetition_penalty=2.0), [0, 0], seen) == [1, 1]
-
-
 def test_a_repetition_penalty_reaches_the_prompt_and_the_answer() -> None:
     plain = generate(spoken_mini(), tokenizer(), prompts(), GREEDY, ends=frozenset())
     sampling = Sampling(temperature=0.0, max_tokens=12, repetition_penalty=50.0)
@@ -305,13 +253,16 @@ def test_a_repetition_penalty_reaches_the_prompt_and_the_answer() -> None:
         assert answer.ids != plain[row].ids
 
 
-def test_noise_is_even_and_differs_by_seed_row_and_position() -> None:
-    drawn = [noise(seed, row, position) for seed in range(20) for row in range(20) for position in range(20)]
-    shares = torch.histc(torch.tensor(drawn), bins=10, min=0.0, max=1.0) / len(drawn)
-    assert len(set(drawn)) == len(drawn) and 0.0 <= min(drawn) and max(drawn) < 1.0
-    assert shares.min() > 0.09 and shares.max() < 0.11
+def test_penalties_of_the_answer_and_a_bias_reach_generate_and_stream() -> None:
+    plain = generate(spoken_mini(), tokenizer(), prompts()[:1], GREEDY, ends=frozenset())[0]
+    unlike = Sampling(temperature=0.0, max_tokens=12, logit_bias={plain.ids[0]: -100.0}, frequency_penalty=2.0)
+    said = generate(spoken_mini(), tokenizer(), prompts(), unlike, ends=frozenset())[0]
+    assert plain.ids[0] not in said.ids
+    assert "".join(stream(spoken_mini(), tokenizer(), prompts()[0], unlike, ends=frozenset())) == said.text
+    loud = Sampling(temperature=0.0, max_tokens=12, logit_bias={77: 100.0})
+    assert generate(spoken_mini(), tokenizer(), prompts()[:1], loud, ends=frozenset())[0].ids == (77,) * 12
 
 
-def test_sampling_names_every_value_out_of_range() -> None:
-    with pytest.raises(InputError, match="5 problems"):
-        Sampling(temperature=-1.0, top_p=0.0, max_tokens=0, stop=("",), min_p=float("nan"))
+def test_a_bias_on_a_token_that_is_none_is_refused() -> None:
+    with pytest.raises(InputError, match="no token 8192"):
+        generate(spoken_mini(), tokenizer(), prompts(), Sampling(logit_bias={8192: 1.0}))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from toolkit.generate import Detokenizer, StopStrings
 from toolkit.shipped import shipped
+from toolkit.writing import Detokenizer, StopStrings
 
 
 def base_folder() -> Path:

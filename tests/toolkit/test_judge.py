@@ -18,6 +18,7 @@ from toolkit.bundle import RUN_FILE, VERSION, Run
 from toolkit.card import show_numbers, show_result, write_card
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import RunError
+from toolkit.evaluate import subject
 from toolkit.judge import Held, Judge
 from toolkit.train import main as train
 
@@ -267,13 +268,13 @@ def test_a_base_from_scratch_is_measured_in_pieces_of_its_context(
     shape = "base={new: {hidden: 32, layers: 1, heads: 2, vocab: 300, context: 64}}"
     run = trained(shape, "adapter={kind: full}")
     measured: list[Any] = []
-    measure = judging.held_out_loss
+    measure = subject.held_out_loss
 
     def seen(model: Any, tokenizer: Any, rows: Any, langs: Any) -> Any:
         measured.append(rows)
         return measure(model, tokenizer, rows, langs)
 
-    monkeypatch.setattr(judging, "held_out_loss", seen)
+    monkeypatch.setattr(subject, "held_out_loss", seen)
     code, out, err = read(capsys, str(run), "--data", str(talk_file), "--device", "cpu")
     assert code == 0, err
     assert "Measured on 48 of 48 conversations; dropped: none.\n" in out

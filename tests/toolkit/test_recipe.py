@@ -237,6 +237,8 @@ def test_every_key_of_the_schema_is_described() -> None:
 
 def test_the_recipes_that_ship_are_these() -> None:
     wanted = (
+        "bag_voices",
+        "boost_voices",
         "casual_chat",
         "casual_chat_search",
         "compare_kinds",
@@ -245,11 +247,18 @@ def test_the_recipes_that_ship_are_these() -> None:
         "prefix_search",
         "rewrite_spoken",
         "teacher_reft",
+        "tone_experts",
+        "tone_gate",
+        "tone_merge",
+        "tone_mix",
         "topic_line",
         "voice_classify",
+        "vote_bases",
+        "vote_kinds",
     )
     assert tuple(file.stem for file in SHIPPED) == wanted
-    assert [file.stem for file in TEMPLATES] == ["spoken_mini"]
+    templates = ["bag_sentiment", "boost_intent", "spoken_mini", "summarise", "translate_ko_en"]
+    assert [file.stem for file in TEMPLATES] == templates
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

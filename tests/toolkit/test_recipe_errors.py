@@ -52,8 +52,8 @@ Problems = Callable[..., list[str]]
             "adapter.target_modules: not a key of an adapter of PEFT. PEFT's own keys stand under options: {target",
         ),
         ("adapter: {kind: ia3, init_ia3_weights: true}", "stand under options: {init_ia3_weights: …}"),
-        ("experts: {}", "line 4  experts: not in this version. Remove it"),
-        ("combine: {kind: route}", "line 4  combine: not in this version. Remove it"),
+        ("exprets: {}", "line 4  exprets: not a key of a recipe. Did you mean 'experts'?"),
+        ("combin: {kind: route}", "line 4  combin: not a key of a recipe. Did you mean 'combine'?"),
         ("learning_rate: 1e-3", "learning_rate: stands in the wrong section. Write train.learning_rate"),
         ("epochs: 3", "epochs: stands in the wrong section. Write train.epochs"),
         ("rank: 3", "rank: stands in the wrong section. Write adapter.rank"),
@@ -83,7 +83,7 @@ def test_an_unknown_key_is_told_with_what_was_meant(problems: Problems, more: st
         ),
         (
             "name: mine\nbase: {model: spoken-mini, candidates: [a, b]}\ndata: {train: ['maltu:probes.jsonl']}\n",
-            "line 2  base.candidates: not in this version. Remove it",
+            "line 2  base.candidates: a base is named (model), made (new) or chosen from several (candidates)",
         ),
         (
             "name: mine\nbase: {model: spoken-mini}\ndata: {trian: ['maltu:probes.jsonl']}\n",
@@ -144,7 +144,7 @@ def test_an_unknown_key_is_told_with_what_was_meant(problems: Problems, more: st
         ),
         (
             "name: m\nbase: {new: {}, quantize: nf4}\ndata: {train: ['maltu:probes.jsonl']}\nadapter: {kind: full}\n",
-            "line 2  base.quantize: is a key of an existing base, not of a base made from scratch. Remove it",
+            "line 2  base.quantize: is a key of an existing base and of bases to choose from, not of a base made from",
         ),
     ],
 )

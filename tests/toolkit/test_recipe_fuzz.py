@@ -22,7 +22,10 @@ JUNK: tuple[Any, ...] = (
     {"model": "x"}, "~nobody/x", {"kind": "ia3", "options": {"target_modules": 3}}, "maltu:", "maltu:../..", "\t",
     "hub:", "a" * 5000, {"kind": "<peft>"}, {1: 2}, "./", "a\nb", "{text}",
 )  # fmt: skip
-KEYS = (*PLACE_OF, *NO_KEY, "<word>", "<lora>", "search", "x" * 300, "kind", "rank", "packing", "키")
+KEYS = (
+    *PLACE_OF, *NO_KEY, "<word>", "<lora>", "search", "experts", "combine", "run", "x" * 300, "kind", "rank", "packing",
+    "키",
+)  # fmt: skip
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -46,7 +49,10 @@ def break_once(values: dict[str, Any], chance: random.Random) -> None:
         around[chance.choice(KEYS)] = copy.deepcopy(chance.choice(JUNK))
 
 
-@pytest.mark.parametrize("name", ["voice_classify", "polite_prefix", "compare_kinds", "templates/spoken_mini"])
+@pytest.mark.parametrize(
+    "name",
+    ["voice_classify", "polite_prefix", "compare_kinds", "tone_mix", "vote_bases", "templates/spoken_mini"],
+)
 def test_a_broken_recipe_is_a_recipe_or_a_recipe_error(name: str, tmp_path: Path) -> None:
     chance = random.Random(name)
     whole = yaml.safe_load(to_yaml(read_recipe(ROOT / "recipes" / f"{name}.yaml", to_run=False)))

@@ -72,7 +72,7 @@ def test_a_search_of_another_form_is_told_once(problems: Problems, more: str, sa
         ("adapter.rnak", "not a key of a lora adapter. Did you mean 'rank'?"),
         ("adapter.tokens", "is a key of a prefix adapter, not of a lora adapter. Remove it"),
         ("adapter.rank.x", "adapter.rank has no keys below it"),
-        ("experts.a", "not in this version. Remove it"),
+        ("experts.a", f"cannot be searched: one adapter is searched first, then combined. {WRITE}"),
         ("키", "not a key of a recipe"),
         ("''", "not a key of a recipe"),
         ("name", f"cannot be searched: it names the run. {WRITE}"),

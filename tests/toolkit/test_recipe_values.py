@@ -81,7 +81,7 @@ def test_a_wrong_value_is_told_with_what_is_accepted(problems: Problems, more: s
         ("trian.epochs=3", "not a key of a recipe. Did you mean 'train'?"),
         ("lora_r=3", "here it is adapter.rank"),
         ("search.trials=3", "search.space: is missing. Write space: {train.learning_rate: {low: 1e-4"),
-        ("experts.a={}", "not in this version. Remove it"),
+        ("experts.a={adapter: 3}", "must be a section with keys below it, not 3"),
         ("name.x=3", "must be text, not a section"),
         ("data.train.0=x.jsonl", "must be a list, not a section"),
     ],

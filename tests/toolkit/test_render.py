@@ -144,6 +144,19 @@ def test_running_text_is_opened_ended_and_learned_but_for_its_first_token(tokeni
     assert tokenizer.convert_tokens_to_ids("<|user|>") not in row.input_ids
 
 
+def test_running_text_that_goes_on_begins_as_its_row_of_training_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer, turn = _renderer(tokenizer), Turn("text", "비가 온다. <|end|> 라고 썼다.")
+    prompt = renderer.prompt([turn])
+    assert prompt == renderer.training(Talk((turn,), "x")).input_ids[:-1] and prompt
+
+
+def test_running_text_without_a_token_is_refused() -> None:
+    renderer = _renderer(_tokenizer(["<s>", "</s>"]), PLAIN_TEXT)
+    renderer._tokenizer.bos_token = None
+    with pytest.raises(DataError, match="no token"):
+        renderer.prompt([Turn("text", "")])
+
+
 def test_stop_ids_are_the_end_of_a_turn_and_the_end_of_a_text() -> None:
     tokenizer = _tokenizer(["<bos>", "<|im_start|>", "<|im_end|>", "<eos>"])
     expected = tuple(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"]))

@@ -10,8 +10,9 @@ from rich.console import Console
 from tests.search_world import make_recipe, open_study
 from toolkit.errors import AdapterError, DiskError, SearchError
 from toolkit.fit.fitted import Fitted
+from toolkit.fit.stackable import holds, name_of
 from toolkit.recipe.model import Recipe
-from toolkit.search.crew import Crew, Ground, facts_of, holds, name_of
+from toolkit.search.crew import Crew, Ground, facts_of
 from toolkit.search.study import Asked, Study
 from toolkit.search.table import SearchTable
 

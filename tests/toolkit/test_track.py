@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.track import WANDB_ID, Track, open_track, read_metrics
+from toolkit.track import Track, config_of, open_track, read_metrics, sample_cells
+from toolkit.trackers.contract import Cells
+from toolkit.trackers.in_wandb import RUN_ID
 
 
 class Broken:
@@ -21,6 +23,12 @@ class Broken:
         raise ConnectionError("no network")
 
     def text(self, step: int, name: str, text: str) -> None:
+        raise ConnectionError("no network")
+
+    def table(self, step: int, name: str, cells: Cells) -> None:
+        raise ConnectionError("no network")
+
+    def files(self, name: str, folder: Path) -> None:
         raise ConnectionError("no network")
 
     def close(self) -> None:
@@ -83,16 +91,155 @@ def test_a_tracker_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch:
     assert len(said) == 1 and "did not end within 0.05 s" in said[0]
 
 
+def test_a_tracker_that_hangs_holds_up_no_step(tmp_path: Path) -> None:
+    entered, let_go = threading.Event(), threading.Event()
+
+    class Hanging(Broken):
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            entered.set()
+            let_go.wait(60)
+
+        def close(self) -> None:
+            pass
+
+    said: list[str] = []
+    track = Track(tmp_path / "metrics.jsonl", {"hanging": Hanging()}, said.append)
+    for step in range(1, 101):
+        track.log(step, loss=1.0)
+    assert entered.wait(10) and not let_go.is_set()
+    assert len(read_metrics(tmp_path)) == 100
+    let_go.set()
+    track.close()
+    assert not said
+
+
+def test_a_tracker_that_is_slow_to_start_is_told_later_what_it_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_start, heard = threading.Event(), list[int]()
+
+    class Slow(Broken):
+        def __init__(self, about: object) -> None:
+            may_start.wait(60)
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            heard.append(step)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("toolkit.track.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("toolkit.track.OPENERS", {"slow": Slow})
+    track = open_track(tmp_path, ("slow",), {}, 0, pytest.fail)
+    track.log(1, loss=1.0)
+    assert heard == []
+    may_start.set()
+    track.log(2, loss=1.0)
+    track.close()
+    assert heard == [1, 2]
+
+
+def test_a_tracker_that_ends_its_thread_ends_nothing_else(tmp_path: Path) -> None:
+    class Leaving(Broken):
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            raise SystemExit(3)
+
+    said: list[str] = []
+    track = Track(tmp_path / "metrics.jsonl", {"leaving": Leaving()}, said.append)
+    track.log(1, loss=1.0)
+    track.close()
+    assert len(said) == 1 and "SystemExit: 3" in said[0]
+
+
+def test_calls_reach_a_tracker_in_their_order(tmp_path: Path) -> None:
+    heard: list[object] = []
+
+    class Listening(Broken):
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            heard.append((step, dict(values)))
+
+        def text(self, step: int, name: str, text: str) -> None:
+            heard.append((step, text))
+
+        def table(self, step: int, name: str, cells: Cells) -> None:
+            heard.append((step, cells.markdown()))
+
+        def files(self, name: str, folder: Path) -> None:
+            heard.append((name, folder))
+
+        def close(self) -> None:
+            heard.append("closed")
+
+    track = Track(tmp_path / "metrics.jsonl", {"listening": Listening()}, pytest.fail)
+    track.log(1, loss=2.0)
+    track.text(2, "samples", "안녕")
+    track.table(2, "answers", Cells(("prompt", "after"), [("밥 | 먹자", None)]))
+    track.files("말투", tmp_path)
+    track.close()
+    assert heard == [
+        (1, {"loss": 2.0}),
+        (2, "안녕"),
+        (2, "| prompt | after |\n|---|---|\n| 밥 \\| 먹자 |  |"),
+        ("말투", tmp_path),
+        "closed",
+    ]
+
+
+INPUTS = {
+    "recipe": {"name": "말투", "train.seed": 0, "train.epochs": 3.0, "search": None},
+    "data": {"말.jsonl": "abc"},
+    "base": "def",
+}
+
+
+def test_the_config_holds_the_hashes_of_recipe_data_and_base() -> None:
+    config = config_of(INPUTS)
+    assert config["sha256.data.말.jsonl"] == "abc" and config["sha256.base"] == "def"
+    assert len(config["sha256.recipe"]) == 64 and config["train.epochs"] == 3.0
+
+
+def test_runs_of_one_recipe_share_a_hash_whatever_their_name_and_seed() -> None:
+    def hash_of(**changed: object) -> str:
+        return str(config_of({**INPUTS, "recipe": {**INPUTS["recipe"], **changed}})["sha256.recipe"])  # type: ignore[dict-item]
+
+    assert hash_of(name="다른") == hash_of(**{"train.seed": 7}) == hash_of()
+    assert hash_of(**{"train.epochs": 4.0}) != hash_of()
+
+
+def test_answers_stand_beside_each_other_in_a_table() -> None:
+    def found(answer: str) -> dict[str, object]:
+        return {"samples": [{"name": "1", "lang": "ko", "prompt": "뭐 해?", "answer": answer}]}
+
+    assert list(sample_cells(found("잔다"), found("자")).rows) == [("1", "ko", "뭐 해?", "잔다", "자")]
+    assert list(sample_cells({}, found("자")).rows) == [("1", "ko", "뭐 해?", None, "자")]
+
+
+def test_tensorboard_gets_the_recipe_as_hparams_and_the_outcome(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track = open_track(tmp_path, ("tensorboard",), {"adapter.rank": 8, "이름": None}, 0, pytest.fail)
+    track.log(3, **{"test/loss": 1.5})
+    track.table(3, "answers", Cells(("prompt",), [("뭐 해?",)]))
+    track.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = events.summary_metadata
+    assert {"_hparams_/session_start_info", "_hparams_/experiment", "answers/text_summary"} <= set(found)
+    assert b"adapter.rank" in found["_hparams_/session_start_info"].plugin_data.content
+    assert b"test/loss" in found["_hparams_/experiment"].plugin_data.content
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
 from toolkit.track import open_track
+from toolkit.trackers.contract import Cells
 
 run, name, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 said = []
 track = open_track(run, (name,), {"이름": "tiny"}, step, said.append)
 track.log(step + 1, loss=2.5)
 track.text(step + 1, "samples", "안녕")
+track.table(step + 1, "answers", Cells(("prompt", "after"), [("뭐 해?", "잔다"), ("비", None)]))
 track.close()
 assert not said, said
 """
@@ -117,7 +264,7 @@ def test_wandb_writes_offline_into_the_run_and_goes_on_in_the_same_wandb_run(tmp
     log_with("wandb", run, 0)
     time.sleep(1.1)  # wandb names the folder of each start by its second
     log_with("wandb", run, 1)
-    own_id = (run / WANDB_ID).read_text()
+    own_id = (run / RUN_ID).read_text()
     files = sorted(file for file in run.glob("wandb/offline-run-*/run-*.wandb") if file.stat().st_size)
     assert [file.name for file in files] == [f"run-{own_id}.wandb"] * 2
     assert [row["step"] for row in read_metrics(run)] == [1, 2]

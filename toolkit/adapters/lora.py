@@ -41,20 +41,7 @@ class LoraKind(Kind["Lora"]):
         targets = chosen_layers(model, options.targets)
         if options.init == "pissa":
             _check_pissa(model, options)
-        with through_peft.quiet():
-            import peft
-
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=options.rank,
-            lora_alpha=options.alpha_number,
-            lora_dropout=options.dropout,
-            target_modules=targets,
-            use_rslora=options.rank_stabilised,
-            use_dora=options.dora,
-            init_lora_weights="pissa" if options.init == "pissa" else True,
-            fan_in_fan_out=anatomy.is_transposed(model),
-        )
+        config = _config(model, options, targets, task_type="CAUSAL_LM")
         wrapped = through_peft.attach(model, config, kind=self.name, seed=seed)
         if options.init == "pissa":
             start = {name: tensor.detach().clone() for name, tensor in through_peft.parameters(wrapped).items()}
@@ -97,6 +84,48 @@ class LoraKind(Kind["Lora"]):
         if getattr(model, PISSA_START, None) is not None:
             return super().detach(model)
         return through_peft.detach(model, kind=self.name)
+
+
+def attach_labelling(model: nn.Module, options: "Lora", *, seed: int, head: Sequence[str]) -> nn.Module:
+    """Put a new LoRA adapter on an encoder that labels texts; the modules of its `head` (full names) learn whole.
+
+    `LoraKind.save` and `load` take what comes out: a plain PEFT folder with the head in it.
+    Raises: AdapterError when the options do not fit, a target among the head's modules included.
+    """
+    if options.init == "pissa":
+        raise AdapterError("adapter.init: pissa is not for an encoder in this version. Write init: default.")
+
+    def is_of_head(name: str) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for module in head)
+
+    linear = list(anatomy.linear_layers(model))
+    asked = None if isinstance(options.targets, str) else options.targets
+    named = chosen_layers(model, options.targets)
+    chosen = [name for name in linear if any(name == one or name.endswith(f".{one}") for one in named)]
+    wrong = [one for one in asked or () if all(is_of_head(name) for name in chosen if name.endswith(one))]
+    if wrong:
+        raise AdapterError(f"adapter.targets: '{wrong[0]}' is of the head, which learns whole. Leave it out.")
+    targets = sorted(name for name in chosen if not is_of_head(name))
+    config = _config(model, options, targets, task_type="SEQ_CLS", modules_to_save=list(head))
+    return through_peft.attach(model, config, kind="lora", seed=seed)  # type: ignore[no-any-return]
+
+
+def _config(model: nn.Module, options: "Lora", targets: Sequence[str], **more: Any) -> Any:
+    """PEFT's words for the options."""
+    with through_peft.quiet():
+        import peft
+
+    return peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha_number,
+        lora_dropout=options.dropout,
+        target_modules=list(targets),
+        use_rslora=options.rank_stabilised,
+        use_dora=options.dora,
+        init_lora_weights="pissa" if options.init == "pissa" else True,
+        fan_in_fan_out=anatomy.is_transposed(model),
+        **more,
+    )
 
 
 def chosen_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

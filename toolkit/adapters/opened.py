@@ -43,6 +43,16 @@ class Opened:
         return self.n_prefix > 0 and anatomy.sliding_window(self.model) is not None
 
     @property
+    def n_members(self) -> int:
+        """How many rows a forward pass computes for each row it is given: more than one where several answer as one."""
+        return 1
+
+    @property
+    def takes_any_row(self) -> bool:
+        """Whether every row is answered alike, wherever it stands in a batch and however many there are."""
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Where token ids have to lie."""
         return anatomy.device_of(self.model)
@@ -121,8 +131,14 @@ def open_model(model: nn.Module) -> Opened:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[Opened]:
-    """Open a model with dropout off; it trains on afterwards if it trained before."""
+def measuring(model: nn.Module | Opened) -> Iterator[Opened]:
+    """Open a model with dropout off; it trains on afterwards if it trained before.
+
+    One that its caller opened (several adapters that answer as one) stays the caller's, as it is.
+    """
+    if isinstance(model, Opened):
+        yield model
+        return
     trained = model.training
     model.eval()
     try:

@@ -83,8 +83,8 @@ def load_base(base: Base, device: torch.device | str, dtype: torch.dtype) -> Loa
     if place.type == "cpu":
         dtype = torch.float32
     folder = find_folder(base, weights=True)
+    _check_causal(read_config(folder, base.model, base.trust_remote_code), base)
     opened = _open_tokenizer(base, folder)
-    _check_causal(opened.config, base)
     weights = weight_files(folder, base.model)
     model = _load_model(base, folder, place, dtype)
     embeddings: Any = model.get_input_embeddings()
@@ -115,18 +115,18 @@ def _open_tokenizer(base: Base, folder: Path) -> LoadedTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with hushed():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=base.trust_remote_code, local_files_only=True
             )
     except Exception as error:  # a broken file shows as any error of any library below
-        raise BaseError(f"{base.model}: its tokenizer cannot be read ({_brief(error)}). Get its files again.") from None
+        raise BaseError(f"{base.model}: its tokenizer cannot be read ({brief(error)}). Get its files again.") from None
     tokenizer.clean_up_tokenization_spaces = False  # decoding must give back what was encoded
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     template, template_from = _choose_template(tokenizer, base.model)
     _check_round_trip(tokenizer, template, base.model)
-    context = _context(tokenizer, config)
+    context = context_of(tokenizer, config)
     return LoadedTokenizer(tokenizer, template, template_from, context, config, base.model, folder)
 
 
@@ -167,7 +167,7 @@ def _check_round_trip(tokenizer: PreTrainedTokenizerBase, text: str, source: str
         raise BaseError(f"{source}: its tokenizer does not know {shape.end!r}, which ends an answer. Use another base.")
 
 
-def _context(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> int:
+def context_of(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> int:
     """The trained context: the smaller of what the tokenizer and the model say, as far as they say anything."""
     of_text = config.get("text_config") or config
     positions = next((of_text[key] for key in ("max_position_embeddings", "n_positions") if of_text.get(key)), None)
@@ -191,7 +191,8 @@ def _check_causal(config: dict[str, Any], base: Base) -> None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (heads and not any(h.endswith(_CAUSAL_HEADS) for h in heads)):
         raise BaseError(
             f"{base.model}: {', '.join(heads) or kind} is not a causal language model, so it cannot talk. Use a base "
-            "whose architecture ends in ForCausalLM."
+            "whose architecture ends in ForCausalLM. (An encoder labels texts: task: classify and adapter kind lora, "
+            "without search, experts and combine.)"
         )
 
 
@@ -201,7 +202,7 @@ def _load_model(base: Base, folder: Path, device: torch.device, dtype: torch.dty
     loader: Any = transformers.AutoModelForCausalLM  # its from_pretrained is not typed for output_loading_info
     quantized = _quantization(base, device, dtype) if base.quantize == "nf4" else {}
     try:
-        with _quiet():
+        with hushed():
             model, found = loader.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -213,7 +214,7 @@ def _load_model(base: Base, folder: Path, device: torch.device, dtype: torch.dty
             )
             model = model if quantized else model.to(device)
     except Exception as error:  # damaged weights, an unknown variant, too little memory: any error of any library below
-        raise BaseError(f"{base.model}: its weights cannot be loaded on {device} ({_brief(error)}).") from None
+        raise BaseError(f"{base.model}: its weights cannot be loaded on {device} ({brief(error)}).") from None
     missing = sorted(found["missing_keys"])
     if missing:
         raise BaseError(
@@ -247,7 +248,7 @@ def _quantization(base: Base, device: torch.device, dtype: torch.dtype) -> dict[
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Keep progress bars and notes of the libraries below off the terminal; errors still raise."""
     from transformers.utils import logging as transformers_logging
 
@@ -269,6 +270,7 @@ def _quiet() -> Iterator[None]:
             notes.enable_progress_bar()
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """What an error says, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"

@@ -9,8 +9,8 @@ from toolkit.errors import InputError, Problem
 class Method:
     """One way of combining.
 
-    kind: merge | mix | vote. formula: plain text, with w for weights and k over the members. training: what has to be
-    learnt or searched before. serving: what an answer costs, against one adapter.
+    kind: merge | mix | vote | gate | route | bag | boost. formula: plain text, with w for weights and k over the
+    members. training: what has to be learnt or searched before. serving: what an answer costs, against one adapter.
     """
 
     kind: str
@@ -148,6 +148,97 @@ METHODS: tuple[Method, ...] = (
         paper="Wang et al., Self-Consistency Improves Chain of Thought Reasoning in Language Models, arXiv 2203.11171",
         training=FREE,
         serving="Each member answers: K rows a token, in one batch; nothing can be shown before all have ended.",
+    ),
+    Method(
+        kind="gate",
+        name="learned",
+        says="A small network reads the stream that enters a layer (per: layer), or what layer 0 gives once for all "
+        "(per: model), and weighs the experts' updates for each token, inside the layers, in one pass with a cache.",
+        formula="y = W x + sum_k g_k(h) D_k(x); g(h) = softmax(U gelu(V h / rms(h) + b) + c), its top_k made to sum to "
+        "1; layer 0 of per: model: g = softmax(learnt numbers)",
+        paper="Buehler and Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148 (which runs the base "
+        "twice, without a cache)",
+        training="Forward and backward passes over mixed talk of all experts, base and experts frozen; K + hidden x "
+        "(H + K + 1) numbers learn, per: layer for each layer.",
+        serving="One row, one pass; every expert's update is computed for every token, whatever top_k.",
+    ),
+    Method(
+        kind="gate",
+        name="arrow",
+        says="Nothing is learnt: an expert weighs more where what the layer reads lies along the direction that its "
+        "update enlarges most. For lora experts.",
+        formula="y = W x + sum_k g_k(x) D_k(x); g(x) = softmax(|x . v_k|), v_k: top right singular vector of B_k A_k",
+        paper="Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157",
+        training="One pass of one token, and a singular value decomposition for each expert and layer.",
+        serving="One row, one pass; every expert's update is computed for every token, whatever top_k.",
+    ),
+    Method(
+        kind="route",
+        name="classifier",
+        says="Two linear layers read the last user turns: the base's states after a quarter of its layers, and pieces "
+        "of the words. One says how likely each expert is, the other how likely none; both are calibrated.",
+        formula="softmax((W h(x) + U n(x) + b) / T) over the experts, a logistic of such a score for none; h states, "
+        "n pieces",
+        paper="Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599 (the temperature)",
+        training="One pass of a quarter of the base over all user turns, and a few fits of logistic regression.",
+        serving="A quarter of the base over at most 64 tokens, then one expert (top_k of them: their mix).",
+    ),
+    Method(
+        kind="route",
+        name="centroid",
+        says="The expert whose talk lies nearest, by its mean; whether it is anyone's is told as by the classifier.",
+        formula="argmin_k |h(x) - mean_k h|, as chances by the distances",
+        paper="Chronopoulou et al., AdapterSoup, arXiv 2302.07027 (adapters by nearness of their text)",
+        training="One pass of a quarter of the base over all user turns.",
+        serving="As the classifier's.",
+    ),
+    Method(
+        kind="route",
+        name="embedding",
+        says="As the classifier, but what it reads is a sentence encoder of the user's own.",
+        formula="softmax((W e(x) + U n(x) + b) / T); e the encoder's sentence embedding",
+        paper="Reimers and Gurevych, Sentence-BERT, arXiv 1908.10084",
+        training="One pass of the encoder over all user turns, and a few fits of logistic regression.",
+        serving="The encoder over the last user turns, then one expert.",
+    ),
+    Method(
+        kind="bag",
+        name="bootstrap",
+        says="Members of one recipe, each on conversations drawn with replacement; they vote (`vote:` says how). What "
+        "a member did not draw judges it: the out-of-bag estimate.",
+        formula="vote of m_1 … m_K, m_k learned from n draws of n conversations",
+        paper="Breiman, Bagging Predictors, Machine Learning 24, 1996",
+        training="K times one adapter's steps, side by side in a stack.",
+        serving="K rows of one batch.",
+    ),
+    Method(
+        kind="bag",
+        name="seeds",
+        says="With `bootstrap: false` members learn everything and differ by their seeds alone.",
+        formula="vote of m_1 … m_K, m_k of seed k",
+        paper="Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation, arXiv 1612.01474",
+        training="K times one adapter's steps, side by side in a stack.",
+        serving="K rows of one batch.",
+    ),
+    Method(
+        kind="boost",
+        name="samme",
+        says="For labels: each round learns rows drawn by what the rounds before got wrong. Probabilities are averaged "
+        "by the rounds' weights; it stops when the held-out log-loss no longer falls.",
+        formula="w_k = log((1 - e_k) / e_k) + log(L - 1); a row that round k got wrong grows by exp(w_k)",
+        paper="Zhu et al., Multi-class AdaBoost, Statistics and Its Interface 2, 2009",
+        training="One adapter after another, and a pass over all rows after each.",
+        serving="A row a round, in one batch.",
+    ),
+    Method(
+        kind="boost",
+        name="likelihood",
+        says="For text: a mixture over tokens grows by a member trained on conversations weighted by their perplexity "
+        "under the rounds so far; the step is the one that makes the held-out loss least.",
+        formula="F = (1 - a) F + a h; a conversation weighs its perplexity under F, at most four times the mean",
+        paper="Rosset and Segal, Boosting Density Estimation, NIPS 2002",
+        training="One adapter after another, and a pass over all rows after each.",
+        serving="A row a round, in one batch.",
     ),
 )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from toolkit.adapters import anatomy
 from toolkit.adapters.opened import Opened
 from toolkit.combine.contract import called
-from toolkit.stack.stack import Stack
+from toolkit.stack.stack import Gates, Stack
 
 
 class RowCache:
@@ -44,11 +44,16 @@ class RowCache:
 class Apart(Opened):
     """Members of a stack, each of which answers a row of its own; `owners`: their slots, -1 for the base.
 
-    A batch has as many rows as there are members, in their order.
+    A batch has as many rows as there are members, in their order; one member alone answers any number of rows.
     """
 
     stack: Stack
     owners: tuple[int, ...]
+
+    @property
+    def takes_any_row(self) -> bool:
+        """See Opened."""
+        return len(self.owners) == 1
 
     @property
     def needs_equal_lengths(self) -> bool:
@@ -57,25 +62,46 @@ class Apart(Opened):
 
     def start(self, n_rows: int) -> Any:
         """A fresh cache with the prefixes of those members that have one."""
-        return RowCache(self.stack, self.owners[:n_rows], 1)
+        return RowCache(self.stack, self._rows_of(n_rows), 1)
 
     def logits(self, ids_BT: Tensor, mask_BS: Tensor, cache: Any, keep_BT: Tensor | None = None) -> Tensor:
         """See Opened."""
-        owners = self.owners if cache is None else cache.owners
+        owners = self._rows_of(len(ids_BT)) if cache is None else cache.owners
         given: dict[str, Any] = {"attention_mask": mask_BS, "use_cache": cache is not None}
         if cache is not None:
             given["past_key_values"] = cache.kept
         if keep_BT is None and "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
+        elif keep_BT is not None and self._keeps_by_mask:
+            given["logits_to_keep"] = keep_BT.bool()
         with torch.no_grad():
-            logits: Tensor = self.stack(ids_BT, owners, **given).logits
-        return logits[:, -1] if keep_BT is None else logits[keep_BT.bool()]
+            logits: Tensor = self.stack(ids_BT, owners, gates=self.gates(), **given).logits
+        if keep_BT is None:
+            return logits[:, -1]
+        return logits if logits.dim() == 2 else logits[keep_BT.bool()]
+
+    def gates(self) -> Gates | None:
+        """What each token's experts weigh, where a gate decides."""
+        return None
+
+    def _rows_of(self, n_rows: int) -> tuple[int, ...]:
+        return self.owners * n_rows if len(self.owners) == 1 else self.owners[:n_rows]
 
 
 @dataclass(frozen=True)
 class Together(Apart):
     """Members of a stack, all of which answer every row. Rows of one member follow each other, so that a forward pass
     reads its weights once."""
+
+    @property
+    def n_members(self) -> int:
+        """See Opened."""
+        return len(self.owners)
+
+    @property
+    def takes_any_row(self) -> bool:
+        """See Opened."""
+        return True
 
     def start(self, n_rows: int) -> Any:
         """See Apart.start."""

@@ -119,7 +119,8 @@ class _Sieve:
             return
         lang = talk.lang or language_of(" ".join(turn.content for turn in settled.turns))
         turns, masked = self._mask(settled.turns, lang == "ko")
-        clean = replace(talk, turns=turns, lang=lang)
+        label = None if talk.label is None else tidy_text(talk.label, self.options.unicode)
+        clean = replace(talk, turns=turns, lang=lang, label=label)
         if self.options.duplicates == "exact" and self._is_repeated(clean):
             self.drop(talk, "exact_duplicate")
             return

@@ -27,11 +27,16 @@ REMEDIES = {
 }
 
 
+def _nowhere() -> Ints:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Talk to learn from, to watch while learning, and to judge by at the end; and what cleaning did to all of it.
 
     entry: for each talk to learn from, the place in data.train of the file that it came from (of duplicates the first).
+    entry_valid, entry_test: the same for talk that is held out; -1 where it came from a file named for that alone.
     """
 
     train: Talks
@@ -39,6 +44,8 @@ class Corpus:
     test: Talks
     report: CleanReport
     entry: Ints = field(repr=False, compare=False)
+    entry_valid: Ints = field(repr=False, compare=False, default_factory=_nowhere)
+    entry_test: Ints = field(repr=False, compare=False, default_factory=_nowhere)
 
 
 def gather(data: Data, seed: int, workdir: Path | None) -> Corpus:
@@ -62,11 +69,12 @@ def gather(data: Data, seed: int, workdir: Path | None) -> Corpus:
     part = np.frombuffer(came_from, dtype=np.int8).astype(np.int64)[cleaned.origin]
     learned = np.flatnonzero(part == TRAIN)
     _refuse_empty(data, part, cleaned.report)
+    drawn_from = np.where(part == TRAIN, np.asarray(entry, dtype=np.int64)[cleaned.origin], -1)
     shares = (_share(data.valid), _share(data.test))
     part[learned] = draw(cleaned.talks.select(learned), cleaned.report.cluster[learned], shares, seed)
     train, valid, test = (cleaned.talks.select(part == number) for number in (TRAIN, VALID, TEST))
-    of_train = np.asarray(entry, dtype=np.int64)[cleaned.origin][part == TRAIN]
-    return Corpus(train, valid, test, cleaned.report, of_train)
+    entries = (drawn_from[part == number] for number in (TRAIN, VALID, TEST))
+    return Corpus(train, valid, test, cleaned.report, *entries)
 
 
 def _share(held: float | Sequence[str]) -> float:

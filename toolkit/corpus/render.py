@@ -105,8 +105,11 @@ class Renderer:
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """What serving feeds the model to have it answer: how the ids of any training row that goes on from here begin.
 
-        Raises DataError where the template does not write such turns.
+        Running text (one turn of role `text`) goes on without a template. Raises DataError where the template does not
+        write such turns, and for a text without a token.
         """
+        if turns and turns[0].role == "text":
+            return self._opening(turns[0].content)
         try:
             messages = self._messages(turns)
             pieces = self._cut(self._chat.write(messages, prompt=True), messages)
@@ -206,12 +209,26 @@ class Renderer:
             at = answer.close
         return [*pieces, _Piece(text[at:])]
 
+    @property
+    def unknown_id(self) -> int | None:
+        """What stands for text that the tokenizer has no token for; None where it has one for everything."""
+        unknown: int | None = self._tokenizer.unk_token_id
+        return unknown
+
     def _document(self, content: str) -> list[_Piece]:
         """Running text, all of it learned: opened and ended by the tokenizer's own tokens, where it has them."""
         tokenizer = self._tokenizer
         opening = [_Piece(str(tokenizer.bos_token), True)] if tokenizer.bos_token_id is not None else []
         ending = [_Piece(str(tokenizer.eos_token), True, True)] if tokenizer.eos_token_id is not None else []
         return [*opening, _Piece(plain(content, self._control), True), *ending]
+
+    def _opening(self, content: str) -> list[int]:
+        """The ids of running text that has not ended yet."""
+        pieces = [piece.text for piece in self._document(content) if not piece.is_end]
+        ids = [i for part in self._encoder.encode([pieces])[0] for i in part]
+        if not ids:
+            raise DataError("prompt", [Problem("", "there is no token in it. Write something to go on from.")])
+        return ids
 
     def _row(self, plan: Sequence[_Piece], encoded: Sequence[Sequence[int]]) -> Rendered:
         ids: list[int] = []
@@ -226,8 +243,7 @@ class Renderer:
         if last is None:
             return _dropped("nothing_supervised")
         end = last + 1  # what follows the last learned place teaches nothing
-        unknown = self._tokenizer.unk_token_id
-        n_unknown = 0 if unknown is None else ids.count(unknown)
+        n_unknown = 0 if self.unknown_id is None else ids.count(self.unknown_id)
         return Rendered(ids[:end], labels[:end], is_end[:end], n_unknown=n_unknown)
 
 

@@ -3,14 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from toolkit.adapters.opened import Opened
+from toolkit.bundle import open_run
 from toolkit.corpus.render import IGNORED, Renderer
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import DataError, Problem
 from toolkit.evaluate import metrics
+from toolkit.evaluate.encoder import encoder_label_logprobs, text_of
+from toolkit.loaded import LoadedLabeller, LoadedRun, is_labeller, load_labeller, load_run
 from toolkit.score import score
 
 
@@ -50,7 +56,7 @@ def label_set(talks: Sequence[Talk]) -> tuple[str, ...]:
 
 
 def classify(
-    model: nn.Module,
+    model: nn.Module | Opened,
     renderer: Renderer,
     texts: Sequence[Sequence[Turn]],
     labels: Sequence[str],
@@ -61,14 +67,81 @@ def classify(
 
     A label's score is the mean log-likelihood of its tokens as the answer, the end of turn among them, so that a long
     label is not punished and 좋음 is told from 좋음 아님; probabilities are the softmax of the scores. Cost: each text
-    is computed once, each label after it.
+    is computed once, each label after it. Raises: DataError for a label that the base cannot spell, or that it spells
+    like another.
     """
-    ends = {label: _label_ids(renderer, label) for label in labels}
+    means = _mean_log_likelihoods(model, renderer, texts, labels, batch_tokens)
+    return [_softmax(labels, of) for of in means]
+
+
+def _mean_log_likelihoods(
+    model: nn.Module | Opened,
+    renderer: Renderer,
+    texts: Sequence[Sequence[Turn]],
+    labels: Sequence[str],
+    batch_tokens: int,
+) -> list[list[float]]:
+    """For every text the mean log-likelihood of the tokens of each label."""
+    ends = _ends_of(renderer, labels)
     prompts = [renderer.prompt(turns) for turns in texts]
     found = score(model, [(prompt, ends[label]) for prompt in prompts for label in labels], batch_tokens=batch_tokens)
     means = [sum(values) / len(values) for values in found]
     n = len(labels)
-    return [_softmax(labels, means[place * n : place * n + n]) for place in range(len(texts))]
+    return [means[place * n : place * n + n] for place in range(len(texts))]
+
+
+# R texts, L labels, K runs.
+
+
+def common_labels(labels_of: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The labels that several runs choose from, in the order of the first; `labels_of`: by the run's name.
+
+    Raises: DataError naming what each lacks, where they do not choose from the same words.
+    """
+    sets = {name: set(labels) for name, labels in labels_of.items()}
+    every = set[str]().union(*sets.values())
+    lacks = {name: sorted(every - own) for name, own in sets.items() if own != every}
+    if lacks or not every:
+        problems = [Problem(name, f"does not know {', '.join(missing)}.") for name, missing in lacks.items()]
+        says = "only runs that choose from the same labels can vote. Train them on the same labels (data.format.names)."
+        raise DataError("labels", [*problems, Problem("", says)])
+    return tuple(next(iter(labels_of.values())))
+
+
+def label_log_likelihoods(loaded: LoadedRun | LoadedLabeller, talks: Sequence[Talk], labels: Sequence[str]) -> Tensor:
+    """What a run finds of each label for each labelled talk, [R, L] in float64, labels in the order given.
+
+    A run that talks: the mean log-likelihood of the label's tokens as the answer, as `classify` has it. An encoder: its
+    log-probabilities. `combine.vote.vote_labels` takes either, and both at once.
+    Raises: DataError for labels that are not the run's own, and as `classify` does; InputError for a text that is too
+    long for it.
+    """
+    common_labels({"asked for": labels, loaded.run.name: loaded.labels})
+    if isinstance(loaded, LoadedLabeller):
+        at = [loaded.labels.index(label) for label in labels]
+        return encoder_label_logprobs(loaded, [text_of(talk) for talk in talks])[:, at]
+    texts = [talk.turns[:-1] for talk in talks]
+    means = _mean_log_likelihoods(loaded.model, loaded.renderer, texts, labels, 8192)
+    return torch.tensor(means, dtype=torch.float64).view(len(talks), len(labels))
+
+
+def logliks_of_runs(
+    paths: Sequence[Path], talks: Sequence[Talk], device: str = "auto"
+) -> tuple[tuple[str, ...], Tensor]:
+    """The labels that finished runs have in common, and what each run finds of them, [K, R, L]: for `vote_labels`.
+
+    The runs may stand on different bases and tokenizers, encoders among them: each base is loaded in turn, and let go
+    before the next. Raises: DataError where they do not choose from the same labels, before anything is loaded, and as
+    `label_log_likelihoods` does; RunError, BaseError and AdapterError where one cannot be opened.
+    """
+    facts = {str(path): open_run(path).finished("base") for path in paths}
+    labels = common_labels({path: tuple(of.get("labels") or ()) for path, of in facts.items()})
+    found = []
+    for path, of in facts.items():
+        loaded = load_labeller(path, device) if is_labeller(of) else load_run(path, device)
+        found.append(label_log_likelihoods(loaded, talks, labels))
+        del loaded
+    return labels, torch.stack(found)
 
 
 def likeliest(probabilities: Sequence[Mapping[str, float]]) -> list[str]:
@@ -96,7 +169,12 @@ def scores_of(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]],
 
 
 def classify_talks(
-    model: nn.Module, renderer: Renderer, talks: Sequence[Talk], labels: Sequence[str], *, batch_tokens: int = 8192
+    model: nn.Module | Opened,
+    renderer: Renderer,
+    talks: Sequence[Talk],
+    labels: Sequence[str],
+    *,
+    batch_tokens: int = 8192,
 ) -> list[dict[str, float]]:
     """`classify` for labelled talks, whose last turn is the label's word and is not shown to the model."""
     return classify(model, renderer, [talk.turns[:-1] for talk in talks], labels, batch_tokens=batch_tokens)
@@ -141,6 +219,20 @@ def confusion_markdown(confusion: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _ends_of(renderer: Renderer, labels: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of each label. Raises: DataError with every label that is spelled like another one, or not at all."""
+    ends = {label: _label_ids(renderer, label) for label in labels}
+    first: dict[tuple[int, ...], str] = {}
+    problems = []
+    for label, ids in ends.items():
+        same = first.setdefault(tuple(ids), label)
+        if same != label:
+            problems.append(Problem(f"label {label!r}", f"this base spells it like {same!r}. Rename one of them."))
+    if problems:
+        raise DataError("labels", problems)
+    return ends
+
+
 def _label_ids(renderer: Renderer, label: str) -> list[int]:
     """The label's word as an answer with the end of turn: the same ids after every text, since pieces are encoded
     apart.
@@ -152,7 +244,11 @@ def _label_ids(renderer: Renderer, label: str) -> list[int]:
         raise DataError(
             f"label {label!r}", [Problem("", f"cannot be an answer of this base ({row.dropped}). Rename it.")]
         )
-    return row.input_ids[n_prompt:]
+    ids = row.input_ids[n_prompt:]
+    if any(one == renderer.unknown_id and not end for one, end in zip(ids, row.is_end[n_prompt:], strict=True)):
+        says = "has signs that this base's tokenizer does not know. Write other words in data.format.names."
+        raise DataError(f"label {label!r}", [Problem("", says)])
+    return ids
 
 
 def _softmax(labels: Sequence[str], values: Sequence[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.adapters.opened import Opened
 from toolkit.bases.spoken import Manner, manner_by_language, score_with_language, sentences
 from toolkit.bases.spoken_features import language_of
 from toolkit.corpus.render import Renderer
@@ -82,7 +83,7 @@ def some_pairs(pairs: Sequence[Pair], n_each: int) -> list[Pair]:
 
 
 def bits_on_pairs(
-    model: nn.Module, tokenizer: Any, renderer: Renderer, pairs: Sequence[Pair], *, as_answer: bool = True
+    model: nn.Module | Opened, tokenizer: Any, renderer: Renderer, pairs: Sequence[Pair], *, as_answer: bool = True
 ) -> dict[str, PairBits]:
     """Bits per byte on the spoken and on the written sides, of all pairs and of each language.
 

@@ -5,11 +5,12 @@ them.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from toolkit.adapters.opened import Opened
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.row import Row, cut
 from toolkit.corpus.rows import read_rows
@@ -88,7 +89,7 @@ class HeldOut:
 
 
 def held_out_loss(
-    model: nn.Module,
+    model: nn.Module | Opened,
     tokenizer: Any,
     rows: Sequence[Rendered],
     langs: Sequence[str | None] | None = None,
@@ -112,11 +113,12 @@ def held_out_loss(
         model, [(row.input_ids, row.labels) for row, _ in kept], batch_tokens=batch_tokens
     )
     return HeldOut(
-        tuple(_talk_loss(row, values, tokenizer, lang) for (row, lang), values in zip(kept, found, strict=True))
+        tuple(talk_loss(row, values, tokenizer, lang) for (row, lang), values in zip(kept, found, strict=True))
     )
 
 
-def _talk_loss(row: Rendered, log_likelihoods: Sequence[float], tokenizer: Any, lang: str | None) -> TalkLoss:
+def talk_loss(row: Rendered, log_likelihoods: Sequence[float], tokenizer: Any, lang: str | None = None) -> TalkLoss:
+    """The sums of one talk, from the log-likelihoods of its supervised tokens in order."""
     ends = [end for label, end in zip(row.labels, row.is_end, strict=True) if label != IGNORED]
     content = [value for value, end in zip(log_likelihoods, ends, strict=True) if not end]
     n_bytes = sum(len(metrics.nfc(_text(tokenizer, run)).encode()) for run in _content_runs(row))
@@ -220,7 +222,7 @@ def _is_message(message: object) -> bool:
 
 
 def answer_prompts(
-    model: nn.Module, tokenizer: Any, renderer: Renderer, prompts: Sequence[Prompt], sampling: Sampling
+    model: nn.Module | Opened, tokenizer: Any, renderer: Renderer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[Sample]:
     """The model's answer to every prompt, in order: rendered as serving renders it, batched, seeded row by row."""
     ids = [renderer.prompt(prompt.turns) for prompt in prompts]
@@ -233,7 +235,7 @@ def answer_prompts(
 
 @dataclass(frozen=True)
 class Measured:
-    """What can be counted in answers. chrf is None without references.
+    """What can be counted in answers. chrf, bleu and rouge are None without references.
 
     repetition: share of 4-grams that the same answer has said before. ended: share that ended by itself. sentences: of
     the Korean sentences whose speech level can be told, the share of each; answers: of the answers with such a
@@ -242,6 +244,8 @@ class Measured:
 
     n: int
     chrf: float | None
+    bleu: float | None
+    rouge: metrics.Rouge | None
     distinct_2: float
     repetition: float
     mean_tokens: float
@@ -251,7 +255,9 @@ class Measured:
 
     def summary(self) -> dict[str, float]:
         """The numbers for a table or metrics.jsonl, flat."""
-        flat: dict[str, float] = {"n": self.n} | ({} if self.chrf is None else {"chrf": self.chrf})
+        flat: dict[str, float] = {"n": self.n}
+        if self.chrf is not None and self.bleu is not None and self.rouge is not None:
+            flat |= {"chrf": self.chrf, "bleu": self.bleu, **asdict(self.rouge)}
         flat |= {"distinct_2": self.distinct_2, "repetition": self.repetition, "mean_tokens": self.mean_tokens}
         flat["ended"] = self.ended
         for level in LEVELS:
@@ -266,9 +272,12 @@ def measure(samples: Sequence[Sample], references: Sequence[str | None] | None =
     texts = [sample.answer for sample in samples]
     wanted = references if references is not None else [sample.prompt.reference for sample in samples]
     pairs = [(text, reference) for text, reference in zip(texts, wanted, strict=True) if reference is not None]
+    of_pairs = ([text for text, _ in pairs], [reference for _, reference in pairs])
     return Measured(
         n=len(samples),
-        chrf=metrics.chrf([text for text, _ in pairs], [reference for _, reference in pairs]) if pairs else None,
+        chrf=metrics.chrf(*of_pairs) if pairs else None,
+        bleu=metrics.bleu(*of_pairs) if pairs else None,
+        rouge=metrics.rouge(*of_pairs) if pairs else None,
         distinct_2=metrics.distinct_n(texts, 2),
         repetition=metrics.repetition_4gram(texts),
         mean_tokens=sum(sample.n_tokens for sample in samples) / len(samples),

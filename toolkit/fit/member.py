@@ -138,6 +138,12 @@ class Learner:
         """Whether no step is left to take."""
         return not self.is_due and (self.progress.step >= self.total or self.is_out_of_patience)
 
+    def end_here(self) -> None:
+        """Take no further step: what is left is the evaluation that belongs after the last one."""
+        self.total = self.progress.step
+        if self.member.valid:
+            self.look_steps = (*(step for step in self.look_steps if step < self.total), self.total)
+
     def fitted(self, stopped: str) -> Fitted:
         """How it stands."""
         own = self.progress

@@ -1,9 +1,13 @@
-"""The micro batch that memory really holds: tried on the longest rows before step 1, halved until it fits."""
+"""The micro batch that memory really holds: tried on the longest rows before step 1, halved until it fits. And the
+most memory that a process came to hold.
+"""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+import psutil
 import torch
 from torch import nn
 
@@ -60,3 +64,20 @@ def _try(model: nn.Module, rows: Sequence[Row], plan: Plan, pad_id: int, device:
     batch.pop("n_tokens")
     with torch.autocast(device.type, torch.bfloat16) if plan.precision == "bf16" else nullcontext():
         model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss.backward()
+
+
+def peak_mb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB: of the GPU where it is on one, else its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return _own_peak() / 2**20
+
+
+def _own_peak() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        told: Callable[[], object] = psutil.Process().memory_info
+        return float(getattr(told(), "peak_wset", 0))
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(highest if sys.platform == "darwin" else highest * 1024)

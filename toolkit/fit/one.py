@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from toolkit import bundle
@@ -22,7 +23,7 @@ from toolkit.fit.fitted import Fitted, not_finite
 from toolkit.fit.plan import Plan, count_steps, evaluation_steps, warmup_steps
 from toolkit.fit.rows import Collate
 from toolkit.fit.stops import StopOnSignal
-from toolkit.fit.trainer import Trainer, is_finite
+from toolkit.fit.trainer import Resumable, Trainer, is_finite
 from toolkit.fit.watch import Looks, Watch
 from toolkit.recipe.model import Recipe
 from toolkit.track import Track
@@ -49,6 +50,13 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
     Cost: about 3 forward passes a row and epoch for a full fit, 2 for an adapter, and one pass over the held-out
     rows an evaluation.
     """
+    return fit_through(job, make_display, _make_trainer)
+
+
+def fit_through(
+    job: Job, make_display: Callable[[int], Display], make_trainer: Callable[[Job, Watch, int], Resumable]
+) -> Fitted:
+    """`fit_one` with a trainer of the caller's making, which gets the job, who watches it, and the number of steps."""
     per_epoch, total = count_steps(len(job.rows), job.recipe)
     train = job.recipe.train
     looks = Looks(
@@ -60,7 +68,9 @@ def fit_one(job: Job, make_display: Callable[[int], Display]) -> Fitted:
     with make_display(total) as display:
         stops = StopOnSignal(display.say)
         watch = Watch(job.run, looks, job.track, display, stops)
-        trainer = _make_trainer(job, watch, total)
+        trainer = make_trainer(job, watch, total)
+        trainer.remove_callback(PrinterCallback)
+        _check_world(trainer)
         watch.trainer = trainer
         last = job.run.last_checkpoint()
         with stops:
@@ -96,30 +106,30 @@ def _make_trainer(job: Job, watch: Watch, total: int) -> Trainer:
         # transformers 5.23 knows PEFT's adapters alone and refuses to train ours on a quantised base without this mark
         job.model._hf_peft_config_loaded = True  # type: ignore[assignment]
     pad = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else 0
-    trainer = Trainer(
+    return Trainer(
         run=job.run,
         keep=job.recipe.train.keep,
         model=job.model,
-        args=_arguments(job, total),
+        args=arguments_of(job, total),
         train_dataset=rows,
         processing_class=job.tokenizer,
         data_collator=Collate(pad, job.plan.packing),
         callbacks=[watch],
         optimizers=_optimizer(job, total),
     )
-    from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(PrinterCallback)
+
+def _check_world(trainer: Resumable) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if trainer.args.world_size != world:
         raise TrainingError(
             f"{world} processes were started but {trainer.args.world_size} train together. Start them with torchrun"
             " (accelerate launch --cpu runs one process only)."
         )
-    return trainer
 
 
-def _arguments(job: Job, total: int) -> SFTConfig:
+def arguments_of(job: Job, total: int) -> SFTConfig:
+    """The recipe and the plan in the words of transformers and TRL."""
     train, plan = job.recipe.train, job.plan
     is_cpu = next(job.model.parameters()).device.type == "cpu"
     return SFTConfig(

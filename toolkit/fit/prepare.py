@@ -52,6 +52,7 @@ def open_base(recipe: Recipe, corpus: Corpus) -> LoadedBase:
     device = place_here().device
     if isinstance(recipe.base, Base):
         return load_base(recipe.base, device, weight_dtype(recipe, device))
+    assert isinstance(recipe.base, NewBase)  # several bases are chosen from before a run: refused when it is read
     return _make_base(recipe, recipe.base, corpus, device)
 
 
@@ -184,13 +185,20 @@ def training_rows(recipe: Recipe, base: LoadedBase, rows: Rows) -> Sequence[tupl
 
 
 def weigh(recipe: Recipe, rows: Rows) -> list[Rendered]:
-    """The rows of one epoch: those of a file with weight w stand there w times on average, in passes over all files.
+    """The rows of one epoch, as often as the weights of their files say; see `epoch_of`."""
+    return [rows.train[i] for i in epoch_of(recipe, rows.entry)]
+
+
+def epoch_of(recipe: Recipe, entry: Sequence[int]) -> list[int]:
+    """The numbers of the rows of one epoch; `entry`: for each row the place of its file in data.train.
+
+    Those of a file with weight w stand there w times on average, in passes over all files.
 
     Weight 2.3 is two whole copies and a draw of 30 % of the file's rows; the draw follows from train.seed and the place
     of the file, and stays the same in every epoch. A file keeps one row at least. Weights of 1 change nothing.
     """
-    entry_N = np.asarray(rows.entry, dtype=np.int64)  # N rows
-    copies_N = np.ones(len(rows.train), dtype=np.int64)
+    entry_N = np.asarray(entry, dtype=np.int64)  # N rows
+    copies_N = np.ones(len(entry_N), dtype=np.int64)
     for place, weight in enumerate(recipe.data.train_weights):
         own = np.flatnonzero(entry_N == place)
         whole = int(weight)
@@ -198,4 +206,4 @@ def weigh(recipe: Recipe, rows: Rows) -> list[Rendered]:
         copies_N[own] = whole
         copies_N[np.random.default_rng([recipe.train.seed, place]).permutation(own)[:n_drawn]] += 1
     passes = range(int(copies_N.max(initial=0)))
-    return [rows.train[i] for number in passes for i in np.flatnonzero(copies_N > number).tolist()]
+    return [i for number in passes for i in np.flatnonzero(copies_N > number).tolist()]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from toolkit.bases.encoder import is_encoder, sketch_encoder
 from toolkit.bases.load import LoadedTokenizer, load_tokenizer
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.manner import manner_by_role, some_of
@@ -40,7 +41,7 @@ class Previewed:
 
 def preview(recipe: Recipe, console: Console) -> Previewed | None:
     """Print the resolved recipe, the data report, one sample with its loss mask, and what the run will cost. None for
-    a base from scratch, which is not looked at.
+    a base from scratch, which is not looked at, and for an encoder, which has no loss mask.
 
     Raises what the run itself would raise before training: RecipeError, DataError, BaseError.
     """
@@ -52,6 +53,10 @@ def preview(recipe: Recipe, console: Console) -> Previewed | None:
     _show_manner(corpus, console)
     if isinstance(recipe.base, NewBase):
         console.print("A base from scratch learns its tokenizer first, so tokens are not counted yet.")
+        return None
+    assert isinstance(recipe.base, Base)  # several bases are chosen from before a run: refused when it is read
+    if recipe.task == "classify" and is_encoder(recipe.base):
+        _show_encoder(recipe, recipe.base, corpus, console)
         return None
     loaded, renderer, shape = _open(recipe, recipe.base)
     rows = render_rows(recipe, renderer, corpus)
@@ -80,6 +85,24 @@ def _open(recipe: Recipe, base: Base) -> tuple[LoadedTokenizer, Renderer, Shape]
     with torch.device("meta"):  # sizes without weights
         model = make(config, trust_remote_code=code)
     return loaded, renderer, shape_of(model, loaded.context)
+
+
+def _show_encoder(recipe: Recipe, base: Base, corpus: Corpus, console: Console) -> None:
+    """What an encoder would learn, and what that costs."""
+    from toolkit.evaluate.classify import label_set
+    from toolkit.fit.classify import label_plan, label_rows, refuse_misfits
+
+    refuse_misfits(recipe)
+    sketch = sketch_encoder(base, label_set(tuple(corpus.train)))
+    found = label_rows(recipe, corpus, sketch, max_length(recipe, sketch.context))
+    console.rule("the run: an encoder labels texts")
+    console.print(f"{'labels':<24}{', '.join(sketch.labels)}", markup=False, soft_wrap=True)
+    console.print(f"{'unknown to it':<24}{found.n_unknown / max(found.n_tokens, 1):.1%} of the tokens")
+    texts = [Rendered(ids, [], []) for ids, _ in found.train]
+    rows = Rows(texts, [], [], found.dropped, found.kept_talks, found.entry)
+    place, shape = place_here(), shape_of(sketch.model, sketch.context)
+    for name, value in estimate(recipe, label_plan(recipe, sketch, found, place), shape, rows, place.device).items():
+        console.print(f"{name:<24}{value}")
 
 
 def _show_report(corpus: Corpus, console: Console) -> None:

@@ -1,5 +1,5 @@
 """TRL's SFTTrainer with three things of our own: the head's loss, checkpoints that are whole or absent, and a loss
-that must be finite.
+that must be finite. The checkpoints are also those of a trainer of another loss (fit/classify.py).
 
 The head: TRL's fused head also computes entropy and top-1 of every position, 25 to 34 % of a step on a small model
 without Triton. Here only supervised positions are projected and only their loss is computed; where that would need a
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import Trainer as BareTrainer
 from transformers import TrainerState
 from trl import SFTTrainer
 
@@ -31,49 +32,30 @@ WATCH_FILE = "watch.json"
 KEPT_CHECKPOINTS = 2
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
-    """Trains on rows that are already tokens and labels. `watch` is state of ours that travels with every
-    checkpoint.
+class Resumable(BareTrainer):
+    """A trainer whose checkpoints are whole or absent. `watch` is state of ours that travels with every checkpoint.
+
+    `n_tokens`: all that were learned from, counted by whoever computes the loss; `n_tokens_before`: those of earlier
+    processes.
     """
+
+    model: Any
+    state: Any
 
     def __init__(self, *, run: bundle.Run, keep: Sequence[int], **options: Any) -> None:
         super().__init__(**options)
-        self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole step
+        self.model_accepts_loss_kwargs = True  # the loss divides by what the whole step holds
         self.watch: dict[str, Any] = {}
         self.run, self.keep = run, frozenset(keep)
-        self.n_tokens = self.n_tokens_before = 0  # all that were learned from; those of earlier processes
+        self.n_tokens = self.n_tokens_before = 0
         self.save_seconds = 0.0
         self._clock = time.monotonic()
-        self._head = SupervisedHead(self.model.get_output_embeddings())
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and getattr(self.model, "is_loaded_in_4bit", False):
-                parameter.data = parameter.data.float()  # TRL casts them to bfloat16, too coarse for Adam's small steps
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """Sum over supervised tokens divided by their number in the whole optimizer step. Raises TrainingError when
-        not finite.
-        """
-        self.n_tokens += int(inputs.pop("n_tokens"))
-        labels_BT = inputs["labels"][:, 1:]
-        keep_BT = labels_BT != -100
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        if self.aux_loss_enabled or int(keep_BT.sum()) * vocab > MAX_LOGITS:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        else:
-            rest = {name: value for name, value in inputs.items() if name != "labels"}
-            kept_BT = functional.pad(keep_BT, (0, 1), value=False)
-            with self._head.only(kept_BT):
-                logits_NV = model(**rest, use_cache=False).logits
-            total = keep_BT.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = functional.cross_entropy(logits_NV.float(), labels_BT[keep_BT], reduction="sum") / total
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+    def finite(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss. Raises TrainingError when it is no number."""
         if not torch.isfinite(loss):
             raise TrainingError(not_finite(self.state.global_step + 1, float(loss.detach())))
-        finite: torch.Tensor = loss
-        return finite
+        return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write checkpoints/step-N beside its place, marker last, rename, and drop older ones. Every process takes
@@ -145,6 +127,40 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         self.watch.clear()
         self.watch.update(json.loads((folder / WATCH_FILE).read_text(encoding="utf-8")))
         self.n_tokens = self.n_tokens_before = int(self.watch.get("n_tokens", 0))
+
+
+class Trainer(Resumable, SFTTrainer):  # type: ignore[misc]  # trl has no types
+    """Trains on rows that are already tokens and labels."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._head = SupervisedHead(self.model.get_output_embeddings())
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and getattr(self.model, "is_loaded_in_4bit", False):
+                parameter.data = parameter.data.float()  # TRL casts them to bfloat16, too coarse for Adam's small steps
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Sum over supervised tokens divided by their number in the whole optimizer step. Raises TrainingError when
+        not finite.
+        """
+        self.n_tokens += int(inputs.pop("n_tokens"))
+        labels_BT = inputs["labels"][:, 1:]
+        keep_BT = labels_BT != -100
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        if self.aux_loss_enabled or int(keep_BT.sum()) * vocab > MAX_LOGITS:
+            loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            rest = {name: value for name, value in inputs.items() if name != "labels"}
+            kept_BT = functional.pad(keep_BT, (0, 1), value=False)
+            with self._head.only(kept_BT):
+                logits_NV = model(**rest, use_cache=False).logits
+            total = keep_BT.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = functional.cross_entropy(logits_NV.float(), labels_BT[keep_BT], reduction="sum") / total
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+        return self.finite(loss)
 
 
 def best_name(step: int | None) -> str:

@@ -18,7 +18,7 @@ from toolkit.errors import TrainingError
 from toolkit.fit.display import Display
 from toolkit.fit.fitted import not_finite
 from toolkit.fit.stops import StopOnSignal
-from toolkit.fit.trainer import WEIGHTS_FILE, Trainer, best_name, read_weights, restore, trainable
+from toolkit.fit.trainer import WEIGHTS_FILE, Resumable, best_name, read_weights, restore, trainable
 from toolkit.track import Track
 
 CHECKPOINT_S = 20.0  # at most this much work, and the time of one save, is repeated after a kill
@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, run: bundle.Run, looks: Looks, track: Track, display: Display, stops: StopOnSignal) -> None:
         self.run, self.looks, self.track, self.display, self.stops = run, looks, track, display, stops
-        self.trainer: Trainer | None = None
+        self.trainer: Resumable | None = None
         self.is_stopping = False  # agreed on by all processes
         self._saved_at = time.monotonic()
 
@@ -126,7 +126,7 @@ class Watch(TrainerCallback):
             restore(model, read_weights(self.run.checkpoints / best_name(self.memory["best_step"])))
 
 
-def _agree(trainer: Trainer, *wishes: bool) -> list[bool]:
+def _agree(trainer: Resumable, *wishes: bool) -> list[bool]:
     """What any process wishes, all do: otherwise one would wait for the others for ever."""
     if trainer.args.world_size == 1:
         return list(wishes)

@@ -8,34 +8,45 @@ from typing import Any, get_args
 from pydantic_core import ErrorDetails
 
 from toolkit.recipe.adapter import KINDS, PEFT_KINDS, PeftKind
-from toolkit.recipe.model import Base, Columns, Labels, NewBase, Range, Recipe, WeightedFile
+from toolkit.recipe.combine import COMBINES
+from toolkit.recipe.model import Base, Candidates, Columns, Labels, NewBase, Range, Recipe, WeightedFile
 from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.section import Section
+from toolkit.recipe.track import WithOptions
 from toolkit.recipe.tree import Key, dotted
 from toolkit.recipe.unknown import unknown_key
 from toolkit.recipe.words import VALUES, normal
 
 # The branches of unions, as they stand in pydantic's locations, and the section behind each.
 BRANCHES: dict[str, type[Section] | None] = {
-    **{f"<{kind}>": section for kind, section in KINDS.items()},
-    "<peft>": PeftKind, "<model>": Base, "<new>": NewBase, "<columns>": Columns, "<labels>": Labels,
+    **{f"<{kind}>": section for kind, section in (*KINDS.items(), *COMBINES.items())},
+    "<peft>": PeftKind, "<model>": Base, "<new>": NewBase, "<candidates>": Candidates, "<columns>": Columns,
+    "<labels>": Labels, "<options>": WithOptions,
     "<weighted>": WeightedFile, "<range>": Range, "<word>": None, "<value>": None, "<whole>": None, "<files>": None,
-    "<choices>": None, "<kinds>": None,
+    "<choices>": None, "<kinds>": None, "<shares>": None,
 }  # fmt: skip
 HOW = {
     "name": "name: mine", "base": "base: {model: spoken-mini}", "base.model": "base: {model: spoken-mini}",
+    "base.candidates": "base: {candidates: [spoken-mini, ./mine]}",
     "data": "data: {train: [my.jsonl]}", "data.train": "data: {train: [my.jsonl]}", "data.train.path": "path: my.jsonl",
     "search.space": "space: {train.learning_rate: {low: 1e-4, high: 1e-2, log: true}}",
+    "combine.kind": f"kind: {', '.join(list(COMBINES)[:-1])} or {list(COMBINES)[-1]}",
+    "experts": "experts: {polite: {data: {train: [polite.jsonl]}}, brief: {adapter: {kind: prefix}}}",
 }  # fmt: skip
-SHORT_FORMS = {"base": "base: {{model: {}}}", "adapter": "adapter: {{kind: {}}}", "data": "data: {{train: [{}]}}"}
+SHORT_FORMS = {
+    "base": "base: {{model: {}}}", "adapter": "adapter: {{kind: {}}}", "data": "data: {{train: [{}]}}",
+    "combine": "combine: {{kind: {}}}",
+}  # fmt: skip
 ACCEPTED = {
     "train.packing": "auto, true or false",
     "train.activation_checkpointing": "auto, true or false",
     "train.learning_rate": "auto or a number",
     "adapter.targets": "all-linear or a list of layer names, as in [q_proj, v_proj]",
     "adapter.layers": "all or a list of layer numbers, as in [0, 3]",
+    "combine.weights": "equal, search, or a map as in {polite: 0.7, casual: 0.3}",
     "data.format": "auto, messages, sharegpt, alpaca, prompt_completion, text, {kind: columns, …} or {kind: labels, …}",
 }
+HOW_FULL = ("search.space", "experts")  # maps that may not be empty
 BOUNDS = {
     "greater_than": ("more than", "gt"), "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"), "less_than_equal": ("at most", "le"),
@@ -71,7 +82,7 @@ def _follows_from_another(error: ErrorDetails) -> bool:
 
 def _explain_one(error: ErrorDetails) -> Complaint:
     kind, value, where = error["type"], error["input"], error["loc"]
-    key: Key = tuple(part for part in where if part not in BRANCHES)
+    key: Key = tuple(part for part in where if part not in BRANCHES and part != "[key]")
     name = dotted(tuple(part for part in key if not isinstance(part, int)))
     if kind == "extra_forbidden":
         key = (*(part for part in where[:-1] if part not in BRANCHES), where[-1])
@@ -87,6 +98,8 @@ def _explain_one(error: ErrorDetails) -> Complaint:
         return Complaint(key, _wrong_word(name, value, re.findall(r"'([^']*)'", error["ctx"]["expected"])))
     if kind == "dict_type" and name.startswith("search.space."):
         return Complaint(key, f"must be a map of keys, as in {{train.learning_rate: [0.01]}}, not {shown(value)}")
+    if name == "combine" and kind == "union_tag_not_found" and isinstance(value, dict):
+        return Complaint((*key, "kind"), f"is missing. Write {HOW['combine.kind']}")
     if kind in ("union_tag_not_found", "model_type", "dict_type", "model_attributes_type"):
         return Complaint(key, _wrong_section(name, value))
     return Complaint(key, _wrong_value(name, error))
@@ -107,9 +120,12 @@ def _section_around(where: tuple[int | str, ...]) -> type[Section]:
 def _wrong_kind(name: str, kind: object) -> str:
     if name == "data.format":
         return f"must be columns or labels, not {shown(kind)}"
-    known = VALUES["adapter.kind"].get(normal(str(kind)))
+    known = VALUES[f"{name}.kind"].get(normal(str(kind)))
     if known:
         return f"here it is called {known}"
+    if name == "combine":
+        accepted = HOW["combine.kind"].removeprefix("kind: ")
+        return f"must be {accepted}, not {shown(kind)}{did_you_mean(nearest(str(kind), COMBINES))}"
     guess = nearest(str(kind), [*KINDS, *PEFT_KINDS])
     if guess:
         return f"{shown(kind)} is not a kind of adapter{did_you_mean(guess)}"
@@ -124,7 +140,7 @@ def _wrong_word(name: str, value: object, words: list[str]) -> str:
     if name == "adapter.init" and value.startswith("pissa"):
         return f"{value} does not come back as it was saved. Write pissa, which is exact"
     known = VALUES.get(name, {}).get(normal(value))
-    if known:
+    if known in words:
         return f"{shown(value)}: here it is called {known}"
     if "true or false" in accepted:
         return f"must be {accepted}, not {shown(value)}{_truth(value)}"
@@ -141,6 +157,8 @@ def _wrong_section(name: str, value: object) -> str:
         one = f". Write [{value}]" if isinstance(value, str | int | float) else ""
         one = f". A key is written whole, as in {name[13:]}.{next(iter(value))}" if isinstance(value, dict) else one
         return f"must be a range {{low: …, high: …}} or a list of choices, not {shown(value)}{one}"
+    if isinstance(value, str) and name.count(".") == 1 and name.startswith("experts."):
+        return f"must be a section. Write {{run: {value}}} for a run that exists"
     if isinstance(value, str) and name in SHORT_FORMS:
         told, comma, besides = VALUES.get(f"{name}.kind", {}).get(normal(value), value).partition(", with ")
         extra = f", with {besides}" if comma else ""
@@ -169,7 +187,7 @@ def _wrong_value(name: str, error: ErrorDetails) -> str:
     if kind == "string_too_short":
         return "is empty. Write something, or remove it"
     if kind == "too_short":
-        return f"is empty. Write {HOW[name]}" if name == "search.space" else "is an empty list. Name at least one"
+        return f"is empty. Write {HOW[name]}" if name in HOW_FULL else "is an empty list. Name at least one"
     if kind in ("tuple_type", "list_type"):
         as_list = f", as in [{value}]" if isinstance(value, str | int | float) else ""
         return f"must be a list{as_list}, not {shown(value)}" + (". Write [] for none" if value is None else "")

@@ -4,17 +4,22 @@
 """
 
 import unicodedata
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from toolkit.recipe.adapter import Adapter, Embedding, Full, Lora, PeftKind, Prefix, Reft
+from toolkit.recipe.candidates import Candidates
+from toolkit.recipe.combine import Combine
 from toolkit.recipe.section import AutoBool, AutoInt, AutoRate, Section, SomeStrings
 from toolkit.recipe.space import Range, Search
+from toolkit.recipe.track import Trackers
 
 __all__ = [
-    "Adapter", "Base", "Clean", "Columns", "Data", "Embedding", "Evaluate", "Full", "Labels", "Lora", "NewBase",
-    "NewShape", "PeftKind", "Prefix", "Range", "Recipe", "Reft", "Search", "Serve", "Train", "WeightedFile",
+    "Adapter", "Base", "Candidates", "Clean", "Columns", "Data", "Embedding", "Evaluate", "Full", "Labels", "Lora",
+    "NewBase", "NewShape", "PeftKind", "Prefix", "Range", "Recipe", "Reft", "Search", "Serve", "Train", "WeightedFile",
 ]  # fmt: skip
 
 RESERVED_NAMES = frozenset({"base", "auto"})
@@ -53,7 +58,16 @@ def _has_place_for_text(template: str) -> str:
     return template
 
 
+def _is_expert_name(name: str) -> str:
+    if name.lower() == "main":
+        raise ValueError("'main' is reserved: the adapter of a run with one. Choose another name")
+    if "." in name:
+        raise ValueError("an expert's name is also part of a key, so it cannot hold a dot. Write - or _")
+    return name
+
+
 RunName = Annotated[str, Field(min_length=1), BeforeValidator(_nfc), AfterValidator(_is_run_name)]
+ExpertName = Annotated[RunName, AfterValidator(_is_expert_name)]
 Column = Annotated[str, Field(min_length=1), AfterValidator(_is_path_of_columns)]
 
 
@@ -174,13 +188,14 @@ TrainFile = Annotated[
     Annotated[str, Field(min_length=1), Tag("<word>")] | Annotated[WeightedFile, Tag("<weighted>")],
     Discriminator(_file_form),
 ]
+TrainFiles = Annotated[tuple[TrainFile, ...], Field(strict=False, min_length=1)]
 
 
 class Data(Section):
     """Where the talk comes from and how it is split."""
 
     called: ClassVar[str] = "data"
-    train: Annotated[tuple[TrainFile, ...], Field(strict=False, min_length=1)] = Field(
+    train: TrainFiles = Field(
         description="jsonl, jsonl.gz, csv, parquet, hub:NAME[:config][:split], maltu:NAME (shipped); or {path, weight}"
     )
     valid: Held = Field(default=0.1, description="share held out while training, or files; 0: none")
@@ -253,6 +268,8 @@ Metric = Literal[
     "loss",
     "bits_per_byte",
     "chrf",
+    "bleu",
+    "rouge",
     "distinct_2",
     "repetition",
     "length",
@@ -289,11 +306,50 @@ class Serve(Section):
 
 def _base_form(value: object) -> str | None:
     if isinstance(value, dict):
-        return "<new>" if "new" in value else "<model>"
-    return "<model>" if isinstance(value, Base) else "<new>" if isinstance(value, NewBase) else None
+        return next((f"<{form}>" for form in ("new", "model", "candidates") if form in value), "<model>")
+    forms = {Base: "<model>", NewBase: "<new>", Candidates: "<candidates>"}
+    return next((tag for form, tag in forms.items() if isinstance(value, form)), None)
 
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
+SomeBase = Annotated[Annotated[Base, Tag("<model>")] | Annotated[NewBase, Tag("<new>")], Discriminator(_base_form)]
+
+
+class ExpertData(Section):
+    """The talk of an expert."""
+
+    called: ClassVar[str] = "an expert's data"
+    train: TrainFiles = Field(description="its own files; without them, those of the recipe")
+
+
+class Expert(Section):
+    """What an expert may have of its own, for editors; experts.py lays it over the recipe, where it is checked."""
+
+    called: ClassVar[str] = "an expert"
+    data: ExpertData | None = Field(default=None, description="the talk it learns from")
+    adapter: Adapter | None = Field(default=None, description="what learns; another kind brings its own defaults")
+    train: Train | None = Field(default=None, description="how it learns, key by key")
+    base: SomeBase | None = Field(default=None, description="another base, under combine: {kind: vote} only")
+    run: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="the folder of a run that exists, and nothing besides"
+    )
+
+
+class _LikeAnExpert:
+    """Editors are told of `Expert`; what is kept is what was written."""
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(Expert.__pydantic_core_schema__)
+        for form in handler.resolve_ref_schema(described)["properties"]["adapter"]["anyOf"]:
+            if "oneOf" in form:  # keys without a kind fit several kinds
+                form["anyOf"] = form.pop("oneOf")
+        return described
+
+
+def _or_nothing(value: object) -> object:
+    return {} if value is None else value
+
+
+Overrides = Annotated[dict[str, Any], BeforeValidator(_or_nothing), _LikeAnExpert()]
 
 
 class Recipe(Section):
@@ -304,15 +360,20 @@ class Recipe(Section):
     task: Literal["chat", "classify", "text2text"] = Field(
         default="chat", description="text2text: summarise, translate, rewrite"
     )
-    base: Annotated[Annotated[Base, Tag("<model>")] | Annotated[NewBase, Tag("<new>")], Discriminator(_base_form)] = (
-        Field(description="the model that learns to talk this way")
-    )
+    base: Annotated[
+        Annotated[Base, Tag("<model>")] | Annotated[NewBase, Tag("<new>")] | Annotated[Candidates, Tag("<candidates>")],
+        Discriminator(_base_form),
+    ] = Field(description="the model that learns to talk this way")
     data: Data = Field(description="the talk")
     adapter: Adapter = Field(default=Lora(), description="what learns, chosen by kind")
     train: Train = Field(default=Train(), description="how it learns")
     search: Search | None = Field(default=None, description="find the best values by trials; null: none are searched")
+    experts: Annotated[dict[ExpertName, Overrides], Field(min_length=1)] | None = Field(
+        default=None, description="several adapters in one run, by name: what each has of its own, or {run: FOLDER}"
+    )
+    combine: Combine | None = Field(default=None, description="how several adapters answer as one")
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured")
-    track: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
+    track: Trackers = Field(
         default=("tensorboard",), description="where numbers go beside metrics.jsonl; wandb is offline without a key"
     )
     serve: Serve = Field(default=Serve(), description="defaults when served")

@@ -5,11 +5,13 @@ A search space is one thing, and so is each of its ranges: what is given for it 
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from toolkit.errors import Problem, RecipeError
 from toolkit.recipe.adapter import KINDS, PEFT_KINDS
+from toolkit.recipe.candidates import BASES
 from toolkit.recipe.space import Range
 from toolkit.recipe.tree import Key, Place, Tree, compose, plant
 
@@ -54,6 +56,8 @@ def _order(text: str) -> int:
 def _key_of(text: str) -> Key | None:
     name, equals, _ = text.partition("=")
     parts = tuple(name.strip().split("."))
+    if parts[:1] == ("experts",) or parts[:2] == ("combine", "weights"):  # names that are read in NFC
+        parts = tuple(unicodedata.normalize("NFC", part) for part in parts)
     is_key = equals and all(parts) and not any(part != part.strip() for part in parts)
     return (_in_space(parts) if parts[:2] == SPACE else parts) if is_key else None
 
@@ -79,7 +83,7 @@ def _clear(values: Any, key: Key) -> None:
 def _merge(tree: Tree, new: Tree, at: Key, into: dict[str, Any], values: Any) -> None:
     for name, value in values.items():
         key, old = (*at, name), into.get(name)
-        if isinstance(old, dict) and isinstance(value, dict) and not _replaces(key, old, value):
+        if isinstance(old, dict) and isinstance(value, dict) and not _replaces(key, old, value, tree.values):
             _merge(tree, new, key, old, value)
             continue
         into[name] = value
@@ -88,9 +92,15 @@ def _merge(tree: Tree, new: Tree, at: Key, into: dict[str, Any], values: Any) ->
         tree.places |= {place: where for place, where in new.places.items() if place[: len(key)] == key}
 
 
-def _replaces(key: Key, old: dict[str, Any], value: dict[str, Any]) -> bool:
+def _replaces(key: Key, old: dict[str, Any], value: dict[str, Any], recipe: dict[str, Any]) -> bool:
     """Whether the new map is another alternative of its section, so that the old keys mean nothing in it."""
-    if key == ("base",):
-        return ("new" in value) != ("new" in old) and ("new" in value or "model" in value)
-    usual = "lora" if key == ("adapter",) else None
+    of_expert = key[2:] if key[:1] == ("experts",) else None
+    if of_expert == ():
+        return ("run" in value) != ("run" in old)
+    if ("base",) in (key, of_expert):
+        of_old, of_value = BASES & {*old}, BASES & {*value}
+        return bool(of_old and of_value) and of_old != of_value
+    usual = "lora" if ("adapter",) in (key, of_expert) else None
+    if of_expert == ("adapter",) and isinstance(recipe.get("adapter"), dict):
+        usual = recipe["adapter"].get("kind", usual)
     return "kind" in value and value["kind"] != old.get("kind", usual)

@@ -8,13 +8,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from toolkit.errors import Problem, RecipeError
+from toolkit.recipe.candidates import Candidates, refusal
+from toolkit.recipe.experts import names_files
 from toolkit.recipe.explain import explain
 from toolkit.recipe.model import Recipe
 from toolkit.recipe.override import lay_over
 from toolkit.recipe.sense import Clash, clashes
+from toolkit.recipe.sense_combine import misfits_of_combine
+from toolkit.recipe.sense_experts import misfits_of_experts
 from toolkit.recipe.sense_space import misfits
 from toolkit.recipe.space import Range
-from toolkit.recipe.tree import Key, Tree, parse, read_text
+from toolkit.recipe.tree import Key, Tree, parse, parts_of, read_text
 from toolkit.recipe.world import lacks
 from toolkit.shipped import resolve
 
@@ -29,6 +33,8 @@ SECTIONS: tuple[Key, ...] = (
     ("evaluate",),
     ("serve",),
 )
+# Keys that tell which alternative their section is.
+ALTERNATIVES = (("adapter", "kind"), ("base", "new"), ("base", "candidates"), ("combine", "kind"))
 # Stands in for what is missing or wrong while the rest is looked at.
 STAND_IN: dict[Key, Any] = {
     ("name",): "unnamed",
@@ -36,15 +42,17 @@ STAND_IN: dict[Key, Any] = {
     ("base", "model"): "spoken-mini",
     ("data",): {"train": ["unnamed.jsonl"]},
     ("data", "train"): ["unnamed.jsonl"],
+    ("experts",): {"unnamed": {}},
     ("search", "space"): {"train.learning_rate": [0.001]},
 }
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True, to_choose: bool = False) -> Recipe:
     """The recipe in a file (or `maltu:recipes/NAME.yaml`), with `key=value` overrides laid over it.
 
     `to_run=False` leaves out what depends on this machine (files there, packages installed): for the recipe of a
-    run that is over, wherever its folder lies now. Raises RecipeError with every problem at once. Loads no torch.
+    run that is over, wherever its folder lies now. `to_choose` takes a recipe that names several bases. Raises
+    RecipeError with every problem at once. Loads no torch.
     """
     source = str(path)
     tree = parse(read_text(resolve(path), source), source)
@@ -52,6 +60,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tru
     if () in tree.spoiled:
         raise RecipeError(source, tree.problems)
     recipe, found = check(tree, to_run)
+    if recipe is not None and isinstance(recipe.base, Candidates) and not to_choose:
+        found.append(tree.problem(("base", "candidates"), refusal(source)))
     problems = sorted([*tree.problems, *found], key=_by_place)
     if len(problems) > MOST_PROBLEMS:
         problems = [*problems[:MOST_PROBLEMS], Problem("", f"and {len(problems) - MOST_PROBLEMS} more")]
@@ -64,6 +74,7 @@ def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
     """The recipe of a tree and what is wrong with it. Wrong values stand aside while the others are compared."""
     values, spoiled = copy.deepcopy(tree.values), {_whole(key) for key in tree.spoiled}
     _leave_out_empty_sections(values)
+    _take_talk_of_experts(values)
     for key in sorted(spoiled, key=len):
         _stand_in(values, key)
     problems: list[Problem] = []
@@ -76,13 +87,15 @@ def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
                     problems.append(tree.problem(one.key, one.says))
                 meant = tuple(one.meant.split(".")) if one.meant else one.key
                 spoiled |= {_whole(one.key), _whole(one.key) if meant in tree.places else meant}
-                _stand_in(values, _whole(one.key), is_unknown=one.is_unknown)
+                at = one.key if one.is_unknown and one.key in ALTERNATIVES else _whole(one.key)
+                _stand_in(values, at, is_unknown=one.is_unknown)
             if error.error_count() > MOST_PROBLEMS:
                 break
         else:
-            against = [*clashes(recipe), *misfits(recipe), *(lacks(recipe) if to_run else ())]
+            of_many = (*misfits_of_experts(recipe), *misfits_of_combine(recipe))
+            against = [*clashes(recipe), *misfits(recipe), *of_many, *(lacks(recipe) if to_run else ())]
             sound = [one for one in against if _is_sound(one, spoiled)]
-            return recipe, problems + [tree.problem(_key(one.at), one.says) for one in sound]
+            return recipe, problems + [tree.problem(parts_of(one.at), one.says) for one in sound]
     return None, problems
 
 
@@ -96,6 +109,19 @@ def _leave_out_empty_sections(values: dict[str, Any]) -> None:
             del section[name]
 
 
+def _take_talk_of_experts(values: dict[str, Any]) -> None:
+    """Without data.train, where every expert that is trained names its own files, all of them are the recipe's."""
+    experts, data = values.get("experts"), values.get("data", {})
+    if not isinstance(experts, dict) or not isinstance(data, dict) or "train" in data:
+        return
+    own = [one for one in experts.values() if not (isinstance(one, dict) and "run" in one)]
+    if own and all(isinstance(one, dict) and names_files(one) for one in own):
+        lists = [one["data"]["train"] for one in own if isinstance(one["data"]["train"], list)]
+        names = [file.get("path") if isinstance(file, dict) else file for files in lists for file in files]
+        sound = dict.fromkeys(name for name in names if isinstance(name, str) and name)
+        values["data"] = {**data, "train": [*sound] or ["unnamed.jsonl"]}  # none is sound: each is complained about
+
+
 def _whole(key: Key) -> Key:
     """The smallest part of a recipe that makes sense without the value at `key`: the list around an item, the union."""
     key = next((key[:depth] for depth, part in enumerate(key) if isinstance(part, int)), key)
@@ -104,7 +130,7 @@ def _whole(key: Key) -> Key:
     if key[:2] == ("search", "space"):
         is_of_kinds = key[2:3] == ("adapter",) and key[3:4] and key[3] not in Range.model_fields
         return key[:5] if is_of_kinds else key[:3]
-    return key[:1] if key in (("adapter", "kind"), ("base", "new")) else key
+    return key[:1] if key in ALTERNATIVES else key
 
 
 def _stand_in(values: dict[str, Any], key: Key, *, is_unknown: bool = False) -> None:
@@ -124,16 +150,10 @@ def _stand_in(values: dict[str, Any], key: Key, *, is_unknown: bool = False) -> 
 def _is_sound(clash: Clash, spoiled: set[Key]) -> bool:
     """Whether nothing that the clash hangs on was wrong by itself; what was is complained about once."""
     for at in (clash.at, *clash.needs):
-        key = _key(at)
+        key = parts_of(at)
         if any(key[: len(one)] == one or one[: len(key)] == key for one in spoiled):
             return False
     return True
-
-
-def _key(name: str | Key) -> Key:
-    return (
-        name if isinstance(name, tuple) else tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-    )
 
 
 def _by_place(problem: Problem) -> tuple[bool, int]:

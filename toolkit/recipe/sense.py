@@ -19,7 +19,7 @@ class Clash:
 
     at: str | Key
     says: str
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | Key, ...] = ()
 
 
 def clashes(recipe: Recipe) -> Iterator[Clash]:

@@ -23,9 +23,11 @@ MOST_PAIRS = 500
 JUDGED = "it changes what trials are judged by"
 SPEED = "it changes speed and memory, not what is learned"
 UNLEARNED = "it changes nothing that is learned"
+ONE_FIRST = "one adapter is searched first, then combined"
 NOT_SEARCHED: Mapping[str, str] = {
     "name": "it names the run", "task": JUDGED, "evaluate": JUDGED, "data": JUDGED, "track": UNLEARNED,
     "serve": UNLEARNED, "base": "all trials share one base", "search": "a search does not search itself",
+    "experts": ONE_FIRST, "combine": ONE_FIRST,
     "train.micro_batch": SPEED, "train.precision": SPEED, "train.packing": SPEED,
     "train.activation_checkpointing": SPEED, "train.evaluate_every": "it changes when trials are compared",
     "train.keep": "the checkpoints of a trial are not kept",
@@ -114,7 +116,7 @@ def _wrong_key(recipe: Recipe, one: Dimension) -> str | None:
     if parts[:2] == ("data", "train"):
         return _wrong_weight(parts, len(recipe.data.train))
     value: Any = recipe
-    for depth, part in enumerate(parts):
+    for depth, part in enumerate(parts if parts[0] not in ("experts", "combine") else parts[:1]):
         if depth and not isinstance(value, Section):
             return f"{dotted(parts[:depth])} has no keys below it"
         section = adapter_section(recipe, one.when) if parts[:depth] == ("adapter",) else type(value)

@@ -37,6 +37,10 @@ def _plain(value: Any) -> Any:
 def schema() -> str:
     """The JSON schema of a recipe, as recipes/recipe.schema.json keeps it."""
     described = Recipe.model_json_schema()
+    described["required"].remove("data")  # experts may each name their own files
+    del described["$defs"]["Data"]["required"]
+    needs_files = {"required": ["data"], "properties": {"data": {"required": ["train"]}}}
+    described |= {"if": {"required": ["experts"]}, "else": needs_files}
     described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **described, "title": "A recipe of Maltu"}
     return json.dumps(described, ensure_ascii=False, indent=2) + "\n"
 

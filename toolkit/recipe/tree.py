@@ -95,6 +95,13 @@ def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
+def parts_of(name: str | Key) -> Key:
+    """The parts of a key that people wrote: numbers are places in a list."""
+    if isinstance(name, tuple):
+        return name
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
 def read_text(path: Path, source: str) -> str:
     """The text of a recipe file, without a byte order mark. Raises RecipeError unless it is a small UTF-8 file."""
     try:

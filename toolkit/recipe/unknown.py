@@ -1,8 +1,11 @@
 """What to say about a key that is none: the words of other tools, the keys of other sections, the nearest key."""
 
 from toolkit.recipe.adapter import KINDS, PeftKind
+from toolkit.recipe.candidates import BASES
+from toolkit.recipe.combine import COMBINES, Combination
 from toolkit.recipe.model import (
     Base,
+    Candidates,
     Clean,
     Columns,
     Data,
@@ -20,13 +23,14 @@ from toolkit.recipe.model import (
 from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.section import Section
 from toolkit.recipe.tree import Key, dotted
-from toolkit.recipe.words import ALSO, NO_KEY, NOT_IN_THIS_VERSION, OF_RANGES, PLACE_OF, normal
+from toolkit.recipe.words import ALSO, NO_KEY, OF_RANGES, PLACE_OF, normal
 
 PLACES: tuple[tuple[str, type[Section]], ...] = (
-    ("", Recipe), ("base", Base), ("base", NewBase), ("base.new", NewShape), ("data", Data), ("data.format", Columns),
+    ("", Recipe), ("base", Base), ("base", NewBase), ("base", Candidates), ("base.new", NewShape), ("data", Data),
+    ("data.format", Columns),
     ("data.format", Labels), ("data.clean", Clean), *(("adapter", section) for section in KINDS.values()),
     ("adapter", PeftKind), ("train", Train), ("search", Search), ("evaluate", Evaluate),
-    ("serve", Serve),
+    ("serve", Serve), *(("combine", section) for section in COMBINES.values()),
 )  # fmt: skip
 
 # Every key of a recipe, with the places and sections that have it.
@@ -40,10 +44,8 @@ def unknown_key(key: Key, section: type[Section]) -> tuple[str, str | None]:
     """What to say about a key that `section` does not have, and the dotted key that was probably meant."""
     word, at = str(key[-1]), dotted(key[:-1])
     known = normal(word)
-    if dotted(key) in NOT_IN_THIS_VERSION:
-        return "not in this version. Remove it", None
-    if {word, *section.model_fields} >= {"new", "model"} and at == "base":
-        return "a base exists already (model) or is made (new), not both. Remove one", None
+    if at == "base" and word in BASES and BASES & {*section.model_fields}:
+        return _second_base(word, section), None
     if known in section.model_fields:
         return f"is spelled {known}", _join(at, known)
     if section is Range and known in OF_RANGES:
@@ -64,7 +66,15 @@ def unknown_key(key: Key, section: type[Section]) -> tuple[str, str | None]:
     return _nearest(word, at, section)
 
 
+def _second_base(word: str, section: type[Section]) -> str:
+    if "candidates" in (word, *section.model_fields):
+        return "a base is named (model), made (new) or chosen from several (candidates). Keep one of them"
+    return "a base exists already (model) or is made (new), not both. Remove one"
+
+
 def _called(word: str, at: str, section: type[Section]) -> tuple[str, str]:
+    if issubclass(section, Combination) and any(place == at for place, _ in OWNERS.get(word, ())):
+        return _belongs(word, at, section)  # method, say: a word for adapter.kind elsewhere, and a key of another kind
     target = PLACE_OF[word]
     place, _, name = target.rpartition(".")
     also = f". {ALSO[word]}" if word in ALSO else ""
@@ -82,7 +92,8 @@ def _belongs(name: str, at: str, section: type[Section]) -> tuple[str, str]:
     here = [owner.called for place, owner in owners if place == at]
     if here:
         return f"is a key of {' and of '.join(here)}, not of {section.called}. Remove it", _join(at, name)
-    places = sorted({_join(place, name) for place, _ in owners})
+    elsewhere = {place for place, _ in owners if place != "combine"} or {"combine"}  # both have a rank, say
+    places = sorted(_join(place, name) for place in elsewhere)
     return f"stands in the wrong section. Write {' or '.join(places)}", places[0]
 
 

@@ -1,12 +1,10 @@
 """The words of other tools, and what is said to someone who uses one: what it is called here, or why there is no key.
 
-They come from LLaMA-Factory, Axolotl, TRL, transformers and PEFT; they are compared in lower case with `_` for `-`.
+They come from LLaMA-Factory, Axolotl, TRL, transformers, PEFT, mergekit, X-LoRA and scikit-learn; they are compared in
+lower case with `_` for `-`.
 """
 
 from collections.abc import Mapping
-
-# What later versions will read. Whoever writes it is told so; it is never an unknown key.
-NOT_IN_THIS_VERSION = ("experts", "combine", "base.candidates")
 
 # Key here: the words for it elsewhere.
 CALLED: Mapping[str, str] = {
@@ -93,6 +91,25 @@ CALLED: Mapping[str, str] = {
     "search.space": "hp_space search_space param_space hyperparameters parameters",
     "search.storage": "storage_url study_storage",
     "search.workers": "n_jobs num_search_workers",
+    "experts": "adapters adapter_name_or_path lora_adapters models expert_models estimators expert 전문가",
+    "combine": (
+        "moe mixture_of_experts mixture ensemble merge merging combination merge_config xlora_config ensembling "
+        "router_config bagging boosting mixing routing 병합 앙상블 조합"
+    ),
+    "combine.method": "merge_method combination_type merge_strategy merging_method merge_type majority_sign_method",
+    "combine.weights": "adapter_weights expert_weights merge_weights member_weights lora_weights voting_weights",
+    "combine.rank": "svd_rank merge_rank",
+    "combine.density": "drop_rate drop_p sparsity prune_ratio",
+    "combine.top_k": "top_k_lora num_experts_per_tok moe_topk top_k_experts num_selected_experts",
+    "combine.router": "router_type routing_method routing_strategy gate_mode",
+    "combine.encoder": "embedding_model sentence_transformer router_model",
+    "combine.default": "fallback default_expert default_adapter",
+    "combine.hidden": "xlora_size router_hidden_size gate_hidden",
+    "combine.per": "layerwise_scalings",
+    "combine.balance": "router_aux_loss_coef moe_aux_loss_coef aux_loss_coef load_balancing_loss balance_loss",
+    "combine.members": "n_estimators n_members num_members n_models ensemble_size",
+    "combine.rounds": "n_rounds num_rounds boosting_rounds num_boost_round",
+    "combine.how": "voting vote_type",
     "evaluate.prompts": "eval_prompts test_prompts sample_prompts",
     "evaluate.metrics": "metric_names eval_metrics compute_metrics",
     "track": (
@@ -124,6 +141,20 @@ ALSO: Mapping[str, str] = {
     "report_to": "A list, as in [tensorboard]",
     "save_total_limit": "Old checkpoints go by themselves; keep lists the steps whose checkpoints stay",
     "use_rslora": "Write rank_stabilised: true",
+    "adapters": "Several, each by its name; one alone is adapter",
+    "moe": "Write combine: {kind: gate}: frozen experts, weighed for every token",
+    "mixture_of_experts": "Write combine: {kind: gate}: frozen experts, weighed for every token",
+    "xlora_config": "Write combine: {kind: gate}",
+    "models": "A map of names: {polite: {data: {train: […]}}, old: {run: runs/old}}",
+    "adapter_name_or_path": "A map of names; one that exists is {run: FOLDER}",
+    "merge": "Write combine: {kind: merge}",
+    "ensemble": "Write combine: {kind: vote}, or bag or boost",
+    "bagging": "Write combine: {kind: bag}",
+    "boosting": "Write combine: {kind: boost}",
+    "drop_rate": "The share that is kept: 1 - drop rate",
+    "drop_p": "The share that is kept: 1 - drop rate",
+    "sparsity": "The share that is kept: 1 - sparsity",
+    "layerwise_scalings": "Write per: layer, or per: model",
     "adapter_type": "One of lora, prefix, reft, embedding, full, or a kind of PEFT",
 }
 
@@ -183,6 +214,13 @@ REMOVE: Mapping[str, str] = {
         "messages_column text_column columns dataset_columns train_on_split field_system message_field_role "
         "message_field_content message_property_mappings"
     ),
+    "experts are counted as they are named": "num_experts num_local_experts n_experts n_adapters num_adapters",
+    "weights of a mix and of a vote always come to 1, and a merge takes them as they are": "normalize normalise",
+    "a gate reads the stream of the layer in one linear step and one hidden layer": (
+        "xlora_depth xlora_dropout_p softmax_temperature enable_softmax enable_softmax_topk use_trainable_adapters "
+        "scaling_pass_value global_scaling_weight"
+    ),
+    "experts are merged at the precision of the base": "int8_mask out_dtype slices tokenizer_source",
     "it is settled": (
         "adam_beta1 adam_beta2 adam_epsilon adam_eps beta1 beta2 betas eps label_smoothing_factor label_smoothing "
         "neftune_noise_alpha neftune bias lora_bias inference_mode fan_in_fan_out group_by_length train_by_length "
@@ -252,6 +290,40 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "evaluate.metrics": {
         "perplexity": "loss", "ppl": "loss", "f1": "macro_f1", "bpb": "bits_per_byte", "chrf++": "chrf",
+    },
+    "combine.kind": {
+        "moe": "gate", "mixture_of_experts": "gate", "xlora": "gate", "x_lora": "gate",
+        "arrow": "gate, with how: arrow",
+        "router": "route", "routing": "route", "ensemble": "vote", "voting": "vote", "majority": "vote, with how: hard",
+        "bagging": "bag", "random_forest": "bag", "boosting": "boost", "adaboost": "boost", "merging": "merge",
+        "average": "merge", "soup": "merge", "model_soup": "merge", "mixture": "mix", "product_of_experts": "mix",
+        "ties": "merge, with method: ties", "dare_ties": "merge, with method: dare_ties",
+        "dare_linear": "merge, with method: dare_linear", "linear": "merge, with method: linear",
+        "task_arithmetic": "merge, with method: exact",
+    },
+    "combine.method": {
+        "cat": "exact", "task_arithmetic": "exact", "sum": "exact", "weighted_sum": "exact", "average": "exact",
+        "linear_svd": "svd", "ties_svd": "ties", "dare_linear_svd": "dare_linear", "dare_ties_svd": "dare_ties",
+        "magnitude_prune_svd": "magnitude_prune", "dare": "dare_linear", "prune": "magnitude_prune",
+    },
+    "combine.router": {
+        "mean": "centroid", "nearest": "centroid", "knn": "centroid", "mlp": "classifier", "network": "classifier",
+        "sbert": "embedding", "sentence_transformers": "embedding", "semantic": "embedding",
+    },
+    "combine.over": {
+        "logits": "logprob", "log_prob": "logprob", "logprobs": "logprob", "product": "logprob", "probs": "prob",
+        "probability": "prob", "probabilities": "prob", "sum": "prob",
+    },
+    "combine.how": {
+        "majority": "hard", "average": "soft", "mean": "soft", "log_prob": "logprob", "product": "logprob",
+        "xlora": "learned", "trained": "learned",
+    },
+    "combine.vote": {
+        "majority": "hard", "average": "soft", "mean": "soft", "log_prob": "logprob", "product": "logprob",
+    },
+    "combine.weights": {
+        "uniform": "equal", "same": "equal", "auto": "search", "optuna": "search", "learned": "search",
+        "fitted": "search", "fit": "search",
     },
     "data.clean.too_long": {"truncate": "drop_old_turns", "truncation": "drop_old_turns"},
 }  # fmt: skip

@@ -3,15 +3,20 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from toolkit.recipe.adapter import Lora, PeftKind
+from toolkit.recipe.combine import Route
+from toolkit.recipe.experts import names_files, trained
 from toolkit.recipe.explain import shown
-from toolkit.recipe.model import Base, Recipe
+from toolkit.recipe.model import Base, Recipe, WeightedFile
 from toolkit.recipe.nearest import did_you_mean, nearest_file
 from toolkit.recipe.sense import Clash
+from toolkit.recipe.sense_experts import moved, sound
+from toolkit.recipe.track import tracker_name
+from toolkit.recipe.tree import Key, dotted
 from toolkit.shipped import PREFIX, resolve, shipped
 
 HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+)?(:[^:\s]*){0,2}")
@@ -24,12 +29,13 @@ def lacks(recipe: Recipe) -> Iterator[Clash]:
     yield from _packages(recipe)
     yield from _base(recipe)
     yield from _storage(recipe)
-    lists = _file_lists(recipe)
+    yield from _of_experts(recipe)
+    lists = [*_file_lists(recipe), *_file_lists_of_experts(recipe)]
     for at, name in lists:
         yield from _file(at, name)
     yield from _shared(recipe, lists)
     if recipe.evaluate.prompts is not None:
-        yield from _file("evaluate.prompts", recipe.evaluate.prompts)
+        yield from _file(("evaluate", "prompts"), recipe.evaluate.prompts)
 
 
 def _packages(recipe: Recipe) -> Iterator[Clash]:
@@ -39,7 +45,14 @@ def _packages(recipe: Recipe) -> Iterator[Clash]:
     for at, module, package in _of_search(recipe):
         if find_spec(module) is None:
             yield Clash(at, f"needs {package}, which is not installed. Run pip install '{package}'")
-    for index, tracker in enumerate(recipe.track):
+    if isinstance(recipe.combine, Route) and recipe.combine.router == "embedding":
+        if find_spec("sentence_transformers") is None:
+            says = "needs sentence-transformers, which is not installed. Run pip install sentence-transformers"
+            yield Clash("combine.router", f"{says}, or choose router: classifier")
+        encoder = recipe.combine.encoder
+        if encoder and encoder.startswith(PATH_SIGNS) and not os.path.isdir(os.path.expanduser(encoder)):
+            yield Clash("combine.encoder", f"there is no folder {shown(encoder)}. Name a model's folder, or a hub id")
+    for index, tracker in enumerate(map(tracker_name, recipe.track)):
         if find_spec(tracker) is None:
             package = "'maltu[trackio]'" if tracker == "trackio" else tracker
             says = f"{tracker} is not installed. Run pip install {package}, or leave it out"
@@ -121,19 +134,56 @@ def _on_tied(recipe: Recipe) -> Iterator[Clash]:
         yield Clash("adapter.options.trainable_token_indices", says, needs)
 
 
-def _file_lists(recipe: Recipe) -> list[tuple[str, str]]:
+def _of_experts(recipe: Recipe) -> Iterator[Clash]:
+    """Runs that are not there, and what the bases and adapters of experts lack."""
+    seen: dict[str, str] = {}
+    for name, own in (recipe.experts or {}).items():
+        if isinstance(own.get("run"), str) and own["run"]:
+            place, folder = ("experts", name, "run"), os.path.expanduser(own["run"])
+            first = seen.setdefault(os.path.realpath(folder), name)
+            if not os.path.isdir(folder):
+                guess = did_you_mean(nearest_file(Path(folder)))
+                yield Clash(place, f"there is no run {shown(own['run'])}{guess or f' in {Path.cwd()}'}")
+            elif not os.path.isfile(os.path.join(folder, "run.json")):
+                yield Clash(place, f"'{own['run']}' holds no run.json, so it is no run. Name a run's folder")
+            elif first != name:
+                yield Clash(place, f"is the run of {first} too. Name it once")
+    before = {one.at for one in (*_packages(recipe), *_base(recipe))}
+    for name, made in sound(recipe).items():
+        for one in (*_packages(made), *_base(made)):
+            if one.at not in before:
+                yield moved(name, (recipe.experts or {})[name], one)
+
+
+def _file_lists(recipe: Recipe) -> list[tuple[Key, str]]:
     data = recipe.data
-    paths = ["" if isinstance(one, str) else ".path" for one in data.train]
-    lists = [
-        (f"data.train.{i}{path}", name) for i, (path, name) in enumerate(zip(paths, data.train_files, strict=True))
-    ]
+    lists = _numbered(("data", "train"), data.train) if _learns(recipe) else []
     for split, names in (("valid", data.valid), ("test", data.test)):
         if isinstance(names, tuple):
-            lists += [(f"data.{split}.{index}", name) for index, name in enumerate(names)]
+            lists += _numbered(("data", split), names)
     return lists
 
 
-def _file(at: str, name: str) -> Iterator[Clash]:
+def _learns(recipe: Recipe) -> bool:
+    """Whether the files of the recipe itself are read: not where every expert names its own."""
+    own = [own for _, own in trained(recipe)]
+    return not own or not all(names_files(one) for one in own)
+
+
+def _file_lists_of_experts(recipe: Recipe) -> list[tuple[Key, str]]:
+    made = sound(recipe)
+    own = [name for name, one in trained(recipe) if name in made and names_files(one)]
+    return [pair for name in own for pair in _numbered(("experts", name, "data", "train"), made[name].data.train)]
+
+
+def _numbered(place: Key, files: Sequence[str | WeightedFile]) -> list[tuple[Key, str]]:
+    return [
+        ((*place, index), one) if isinstance(one, str) else ((*place, index, "path"), one.path)
+        for index, one in enumerate(files)
+    ]
+
+
+def _file(at: Key, name: str) -> Iterator[Clash]:
     if name.startswith("hub:"):
         if not HUB.fullmatch(name):
             yield Clash(at, f"'{name}' is not hub:NAME[:config][:split], as in hub:owner/name:default:train")
@@ -163,17 +213,30 @@ def _where_else(name: str, path: Path) -> str:
     return did_you_mean(near) if near else f" in {Path.cwd()}" if not path.is_absolute() else ""
 
 
-def _shared(recipe: Recipe, lists: list[tuple[str, str]]) -> Iterator[Clash]:
+def _shared(recipe: Recipe, lists: list[tuple[Key, str]]) -> Iterator[Clash]:
     """Files named twice: in two splits they would be learned and judged at once; in one, cleaning drops the copies."""
-    seen: dict[str, str] = {}
+    drops = recipe.data.clean.duplicates == "exact"
+    first_of: dict[str, tuple[Key, str]] = {}
+    seen: dict[tuple[str, Key], Key] = {}
     for at, name in lists:
         same = name if name.startswith("hub:") else os.path.realpath(resolve(name))
-        first = seen.setdefault(same, at)
-        if first == at:
-            continue
-        split, other = at.split(".")[1], first.split(".")[1]
+        first, first_name = first_of.setdefault(same, (at, name))
+        here = seen.setdefault((same, _owner(at)), at)
+        split, other = _split(at), _split(first)
         if split != other:
             says = f"'{name}' is in {other} too, so what is learned would also be the judge. Keep it in one of them"
             yield Clash(at, says, (first,))
-        elif recipe.data.clean.duplicates == "exact":
-            yield Clash(at, f"'{name}' is listed twice and its copies would be dropped. Remove one", (first,))
+        elif drops and here != at:
+            yield Clash(at, f"'{name}' is listed twice and its copies would be dropped. Remove one", (here,))
+        elif drops and name != first_name:
+            says = f"is the file that {dotted(_owner(first))} names '{first_name}', and its copies would be dropped"
+            yield Clash(at, f"{says}. Name it alike", (first,))
+
+
+def _owner(at: Key) -> Key:
+    """Who reads the file: a part of the recipe's data, or an expert."""
+    return at[:2]
+
+
+def _split(at: Key) -> str:
+    return "train" if at[0] == "experts" else str(at[1])

@@ -1,55 +1,29 @@
 """Trials that no stack holds (DoRA, PiSSA, full, PEFT's other kinds): through fit/one, one after another."""
 
 import math
-import signal
 import time
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from torch import nn
 
-from toolkit.adapters.kinds import kind_of
-from toolkit.bases.load import LoadedBase, load_base
+from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
 from toolkit.disk import make_folder, remove
 from toolkit.errors import TrainingError
 from toolkit.evaluate.talk import held_out_loss
-from toolkit.fit.display import Display
+from toolkit.fit.alone import Lesson, Silent, Worn, fit_worn, wear
 from toolkit.fit.fitted import Fitted
-from toolkit.fit.one import Job, fit_one
 from toolkit.fit.plan import count_steps, evaluation_steps
-from toolkit.fit.prepare import training_rows, weight_dtype
-from toolkit.recipe.model import Base, Recipe
+from toolkit.fit.prepare import training_rows
+from toolkit.loaded import WHOLE_MODEL
+from toolkit.recipe.model import Recipe
 from toolkit.search import ledger
-from toolkit.search.crew import REFUSALS, Crew, Ground, facts_of
+from toolkit.search.crew import REFUSALS, Crew, facts_of
 from toolkit.search.study import Asked
-from toolkit.track import open_track
 
 
 class Pruned(Exception):
     """The study does not want this trial to go on."""
-
-
-class _Silent(Display):
-    """The table of the search speaks; a step is a sign of life, and asks whether to go on."""
-
-    def __init__(self, crew: Crew, total: int) -> None:
-        super().__init__(Console(quiet=True), total, is_quiet=True)
-        self._crew, self._is_told = crew, False
-        self.n_tokens = 0
-
-    def step(self, step: int, loss: float, n_tokens: int) -> None:
-        """One optimizer step is done."""
-        self.n_tokens = n_tokens
-        self._crew.show()
-        if self._crew.wants_stop() and not self._is_told:
-            self._is_told = True
-            signal.raise_signal(signal.SIGTERM)  # the wish that whoever trains listens to
-
-    def say(self, text: str) -> None:
-        """A line between."""
-        self._crew.table.say(text)
 
 
 def fit_alone(crew: Crew, asked: Asked) -> bool:
@@ -70,38 +44,21 @@ def fit_alone(crew: Crew, asked: Asked) -> bool:
 
 def _fit(crew: Crew, asked: Asked, run: Run) -> bool:
     ground, recipe = crew.ground, asked.recipe
-    kind = kind_of(recipe.adapter)
-    plan = ground.plan(recipe)
-    base = _fresh_base(ground, recipe)
-    learned = training_rows(recipe, base, ground.rows.of(recipe))
-    ids = ground.token_ids(recipe)
-    model = kind.attach(base.model, recipe.adapter, seed=recipe.train.seed, token_ids=ids, tokenizer=base.tokenizer)
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    n_steps = count_steps(len(learned), recipe)[1]
-    looks = _Looks(crew, asked, base, _look_steps(recipe, len(learned)), run)
-    job = Job(
-        recipe=recipe,
-        plan=plan,
-        model=model,
-        tokenizer=base.tokenizer,
-        rows=learned,
-        evaluate=looks.evaluate,
-        run=run,
-        track=open_track(run.path, (), {}, 0, crew.table.say),
-    )
-    silent = _Silent(crew, n_steps)
+    worn = wear(recipe, ground.base.device, ground.token_ids(recipe))
+    learned = training_rows(recipe, worn.base, ground.rows.of(recipe))
+    looks = _Looks(crew, asked, worn.base, _look_steps(recipe, len(learned)), run)
+    lesson = Lesson(recipe, ground.plan(recipe), learned, looks.evaluate)
+    silent = Silent(lesson.n_steps, crew.table.say, crew.wants_stop, lambda *_: crew.show())
+    size = worn.n_parameters
     started = time.monotonic()
     try:
-        fitted = fit_one(job, lambda _: silent)
+        fitted = fit_worn(worn, lesson, run, silent)
     except Pruned:
         fitted = looks.pruned(time.monotonic() - started, silent.n_tokens)
-    finally:
-        job.track.close()
     if fitted.stopped == "asked":
         return False
-    model.eval()
-    facts = facts_of(asked, fitted, n_steps, size)
-    crew.ended(asked, fitted, facts, lambda folder: _save(folder, kind, model, base))
+    facts = facts_of(asked, fitted, lesson.n_steps, size)
+    crew.ended(asked, fitted, facts, lambda folder: _save(folder, worn))
     return True
 
 
@@ -164,16 +121,7 @@ def _place(crew: Crew, asked: Asked) -> Path:
     return folder
 
 
-def _fresh_base(ground: Ground, recipe: Recipe) -> LoadedBase:
-    assert isinstance(recipe.base, Base)  # a search over a base from scratch is refused when the recipe is read
-    device = str(ground.base.device)
-    return load_base(recipe.base, device, weight_dtype(recipe, device))
-
-
-def _save(folder: Path, kind: Any, model: nn.Module, base: LoadedBase) -> None:
-    name = "model" if kind.name == "full" else "adapter"
+def _save(folder: Path, worn: Worn) -> None:
+    name = WHOLE_MODEL if worn.kind.name == "full" else "adapter"
     (folder / name).mkdir()
-    kind.save(model, folder / name, base=base.source, base_hash=base.hash)
-    if kind.name == "full":
-        base.tokenizer.chat_template = base.template
-        base.tokenizer.save_pretrained(folder / name)
+    worn.save(folder / name)

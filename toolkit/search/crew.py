@@ -18,11 +18,12 @@ from toolkit.fit.many import Look, find_saved
 from toolkit.fit.member import STATE_FILE, Learner, Member, is_sound
 from toolkit.fit.plan import Plan, count_steps, make_plan
 from toolkit.fit.prepare import place_here, shape_of, training_rows
-from toolkit.recipe.model import Lora, Prefix, Recipe
+from toolkit.fit.stackable import holds
+from toolkit.recipe.model import Recipe
 from toolkit.search import ledger
 from toolkit.search.study import Asked, Study
 from toolkit.search.table import Running, SearchTable
-from toolkit.stack.adapter import KINDS, Adapter, new_adapter, write_adapter
+from toolkit.stack.adapter import Adapter, new_adapter, write_adapter
 
 SHOW_S = 0.5
 FITTED_FILE = "fitted.json"
@@ -53,24 +54,6 @@ class Ground:
         if recipe.adapter.kind != "embedding":
             return None
         return sorted({i for row in self.rows.of(recipe).train for i in row.input_ids})
-
-
-def holds(recipe: Recipe) -> bool:
-    """Whether a stack can train this recipe's adapter beside others."""
-    is_plain = recipe.adapter.kind in KINDS and not _extras(recipe)
-    return is_plain and recipe.train.activation_checkpointing is not True
-
-
-def name_of(recipe: Recipe) -> str:
-    """A kind of adapter, with what sets it apart from those of its kind that a stack holds."""
-    return " with ".join([recipe.adapter.kind, *_extras(recipe)])
-
-
-def _extras(recipe: Recipe) -> list[str]:
-    adapter = recipe.adapter
-    if isinstance(adapter, Lora):
-        return ["DoRA"] * adapter.dora + ["PiSSA"] * (adapter.init == "pissa")
-    return ["projection"] * (isinstance(adapter, Prefix) and adapter.projection)
 
 
 class Crew:

@@ -22,9 +22,10 @@ from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Setup, fit_many
 from toolkit.fit.plan import Plan
 from toolkit.fit.prepare import place_here, shape_of, training_rows
+from toolkit.fit.stackable import holds, name_of
 from toolkit.fit.stops import StopOnSignal
 from toolkit.search import ledger
-from toolkit.search.crew import FITTED_FILE, Crew, Ground, holds, name_of
+from toolkit.search.crew import FITTED_FILE, Crew, Ground
 from toolkit.search.split import limits_of, trials_together
 from toolkit.search.study import Study
 from toolkit.search.table import SearchTable

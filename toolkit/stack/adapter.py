@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toolkit.adapters import anatomy, files, through_peft
 from toolkit.adapters.kinds import kind_in_folder, kind_of
-from toolkit.errors import AdapterError
+from toolkit.errors import AloneError
 
 KINDS = ("lora", "prefix", "reft", "embedding")
 ALONE = "It trains alone, and is served merged or on its own."
@@ -67,11 +67,12 @@ class Adapter:
 def read_adapter(folder: Path, model: nn.Module, *, base_hash: str = "") -> Adapter:
     """The adapter in a folder, ready for a stack on this base (`Stack.add` checks names and shapes against it).
 
-    Raises: AdapterError when the folder holds none, a damaged one, one of another base, or a kind that no stack holds.
+    Raises: AdapterError when the folder holds none, a damaged one or one of another base; AloneError for a kind that no
+    stack holds.
     """
     kind = kind_in_folder(folder)
     if kind.name not in KINDS:
-        raise AdapterError(f"{folder}: no stack can hold an adapter of kind {kind.name}. {ALONE}")
+        raise AloneError(f"{folder}: no stack can hold an adapter of kind {kind.name}. {ALONE}")
     config = files.read_config(folder)
     if kind.name in ("lora", "prefix"):
         _refuse_special(folder, config)
@@ -100,7 +101,7 @@ def new_adapter(
     if options.kind not in KINDS:
         found.append(f"no stack can hold kind {options.kind}")
     if found:
-        raise AdapterError(f"adapter: {'; '.join(found)}. {ALONE}")
+        raise AloneError(f"adapter: {'; '.join(found)}. {ALONE}")
     kind = kind_of(options)
     attached = kind.attach(model, options, seed=seed, token_ids=token_ids, tokenizer=tokenizer)
     try:
@@ -137,4 +138,4 @@ def _refuse_special(folder: Path, config: Mapping[str, Any]) -> None:
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         found.append(f"init_lora_weights: a {start} start changed the base's own weights")
     if found:
-        raise AdapterError(f"{folder}: no stack can hold this adapter ({'; '.join(found)}). {ALONE}")
+        raise AloneError(f"{folder}: no stack can hold this adapter ({'; '.join(found)}). {ALONE}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from toolkit.adapters import anatomy
-from toolkit.errors import AdapterError
+from toolkit.errors import AloneError
 from toolkit.stack.adapter import ALONE, Adapter
 from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, as_read, dropped, in_groups, on_device, shares
 from toolkit.stack.shelf import Now, Room, Shelf, holding_layer, in_expert_list, layer_numbers, refuse_misfit
@@ -59,7 +59,7 @@ class LoraShelf(Shelf):
             if found is None or module not in self._linear or module in self._experts:
                 odd.append(module)
         if odd:
-            raise AdapterError(
+            raise AloneError(
                 f"no stack can hold this lora adapter: {', '.join(sorted(set(odd))[:4])} "
                 f"{'is' if len(set(odd)) == 1 else 'are'} no linear layer that sees whole rows (nn.Linear, Conv1D or "
                 f"their 4- and 8-bit forms; not the head, not experts). {ALONE}"

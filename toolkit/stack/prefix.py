@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from toolkit.adapters import anatomy
 from toolkit.adapters.prefix import refuse_base
-from toolkit.errors import AdapterError
+from toolkit.errors import AloneError
 from toolkit.stack.adapter import ALONE, Adapter
 from toolkit.stack.grouped import Plan, on_device
 from toolkit.stack.shelf import Shelf, refuse_misfit
@@ -35,7 +35,7 @@ class PrefixShelf(Shelf):
         config = anatomy.text_config(self.model)
         refuse_base(self.model, self.kind)
         if config.model_type in OTHER_CACHES or getattr(config, "num_kv_shared_layers", None):
-            raise AdapterError(f"no stack can hold a prefix on a {config.model_type}: its layers share caches. {ALONE}")
+            raise AloneError(f"no stack can hold a prefix on a {config.model_type}: its layers share caches. {ALONE}")
         width = 2 * config.num_hidden_layers * anatomy.key_value_width(self.model)
         found = adapter.tensors.get(NAME)
         wrong = sorted(adapter.tensors.keys() ^ {NAME})

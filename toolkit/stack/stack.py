@@ -291,7 +291,7 @@ class Stack:
                 raise AdapterError(f"{odd[0]} holds values that are not finite. Use an earlier checkpoint.")
             self._shelves[found.kind].check(found)
         except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
         return found
 
     def _put(self, name: str, slot: int, adapter: Adapter, learns: bool) -> None:

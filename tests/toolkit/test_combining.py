@@ -1,0 +1,195 @@
+"""A run of several adapters, from the recipe to a run that is chatted with, measured and exported."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.combining_world import place as _place
+from tests.combining_world import train, write_recipe
+from toolkit.bundle import Run
+from toolkit.chat import Conversation
+from toolkit.combine.speaker import open_speaker, speaks
+from toolkit.corpus.talk import Turn
+from toolkit.errors import RecipeError, RunError
+from toolkit.generate import Sampling, generate
+from toolkit.loaded import load_run
+
+place = _place
+GREEDY = Sampling(temperature=0.0, max_tokens=6)
+ASKED = [Turn("user", "밥 먹었어?")]
+
+
+def chat_with(run: Run) -> str:
+    """One answer in the terminal's way."""
+    speaker, loaded = open_speaker(run.path, "cpu")
+    talk = Conversation(loaded, GREEDY, speaker=speaker, turns=list(ASKED))
+    return "".join(talk.answer(lambda: False))
+
+
+@pytest.mark.slow
+def test_a_merge_is_a_run_of_one_adapter(place: Path) -> None:
+    """Served, exported and continued like any other."""
+    run = train(place, write_recipe(place, "{kind: merge}"))
+    facts = run.finished("combination", "experts", "results")
+    assert run.adapters() == ("casual", "main", "polite")
+    assert not speaks(run.path)
+    assert facts["combination"]["weights"] == {"casual": 0.5, "polite": 0.5}
+    assert set(facts["experts"]) == {"casual", "polite"}
+    assert facts["combination"]["verdict"]["sentence"].startswith("The merge (exact)")
+    assert set(facts["combination"]["on"]) == {"casual", "polite"}
+    assert set(facts["combination"]["on"]["casual"]) == {"combination", "casual", "polite"}
+    assert load_run(run.path, "cpu").run.name == "여럿"
+
+
+@pytest.mark.slow
+def test_a_mix_answers_as_the_mixture_does_and_no_single_model_stands_for_it(place: Path) -> None:
+    """Its distribution is that of both; its members can be opened alone."""
+    run = train(place, write_recipe(place, "{kind: mix, over: prob, weights: {casual: 3, polite: 1}}"))
+    assert run.facts()["combination"]["weights"] == {"casual": 0.75, "polite": 0.25}
+    with pytest.raises(RunError, match="several adapters answer together"):
+        load_run(run.path, "cpu")
+    speaker, loaded = open_speaker(run.path, "cpu")
+    from toolkit.combine.mix import mix_generate
+
+    prompt = loaded.renderer.prompt(ASKED)
+    wanted = mix_generate(
+        speaker.stack, loaded.base.tokenizer, ["casual", "polite"], [prompt], GREEDY, [0.75, 0.25], "prob"
+    )
+    assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
+    assert chat_with(run).strip() == wanted[0].text.strip()
+    assert load_run(run.path, "cpu", "polite").model is not None
+
+
+@pytest.mark.slow
+def test_without_a_combination_the_best_expert_answers(place: Path) -> None:
+    """And says so."""
+    run = train(place, write_recipe(place, ""))
+    best = run.facts()["best"]
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    for name in names:
+        assert (run.adapter("main") / name).read_bytes() == (run.adapter(best) / name).read_bytes()
+    assert f"{best} is best" in (run.path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_expert_that_exists_is_taken_in_and_what_it_learned_judges_nobody(place: Path) -> None:
+    """The run works when the other is gone."""
+    first = train(place, write_recipe(place, "", name="먼저"))
+    path = write_recipe(
+        place, "{kind: mix}", "{casual: {data: {train: [casual.jsonl]}}, old: {run: runs/먼저}}", name="둘째"
+    )
+    run = train(place, path)
+    facts = run.facts()
+    assert facts["experts"]["old"]["run"] == "runs/먼저" or facts["experts"]["old"]["run"].endswith("먼저")
+    assert run.adapters() == ("casual", "old")
+    learned = first.facts()["data"]["parts"]["train"]
+    assert 0 < facts["data"]["parts"]["test"] <= 48 - learned
+    (place / "runs" / "먼저").rename(place / "gone")
+    assert chat_with(run) is not None
+
+
+@pytest.mark.slow
+def test_the_same_command_again_says_so_and_another_combination_is_refused(place: Path) -> None:
+    """Finished and unchanged: exit 0; changed: what changed."""
+    path = write_recipe(place, "{kind: mix}")
+    train(place, path)
+    train(place, path)
+    write_recipe(place, "{kind: mix, over: prob}")
+    with pytest.raises(RunError, match=r"combine\.over"):
+        train(place, path)
+
+
+@pytest.mark.slow
+def test_a_changed_file_of_an_expert_is_noticed(place: Path) -> None:
+    """Not the run's own files alone."""
+    path = write_recipe(place, "{kind: mix}")
+    train(place, path)
+    talk = place / "polite.jsonl"
+    talk.write_text(talk.read_text(encoding="utf-8").replace("식사", "점심"), encoding="utf-8")
+    with pytest.raises(RunError, match=r"polite\.jsonl"):
+        train(place, path)
+
+
+@pytest.mark.slow
+def test_an_expert_of_another_base_has_no_place_in_a_mix(place: Path) -> None:
+    """Only a vote joins bases."""
+    train(place, write_recipe(place, "", name="먼저"))
+    other = "{casual: {data: {train: [casual.jsonl]}}, old: {run: runs/먼저}}"
+    path = write_recipe(place, "{kind: mix}", other, name="둘째")
+    text = path.read_text(encoding="utf-8").replace("./base", "spoken-mini")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="another base"):
+        train(place, path)
+
+
+@pytest.mark.slow
+def test_labels_are_voted_on(place: Path) -> None:
+    """Members of different kinds; the vote's numbers are its own."""
+    experts = "{one: {train: {seed: 1}}, two: {adapter: {kind: prefix, tokens: 4}}}"
+    run = train(place, write_recipe(place, "{kind: vote, how: soft}", experts, more="labels"))
+    facts = run.facts()
+    assert {"accuracy", "macro f1", "log loss"} <= set(facts["results"]["after"])
+    assert facts["combination"]["verdict"]["measure"] == "error rate"
+    assert facts["labels"] == ["반말", "존댓말"]
+
+
+@pytest.mark.slow
+def test_a_bag_votes_and_knows_itself_by_what_it_left_out(place: Path) -> None:
+    """Members of one recipe, side by side."""
+    run = train(place, write_recipe(place, "{kind: bag, members: 3, vote: logprob}", "none"))
+    facts = run.facts()
+    assert run.adapters() == ("member-1", "member-2", "member-3")
+    assert facts["combination"]["report"]["out of bag"]["n"] > 0
+    assert facts["combination"]["verdict"]["n"] == facts["data"]["parts"]["test"]
+    assert chat_with(run) is not None
+
+
+@pytest.mark.slow
+def test_boosting_goes_round_by_round(place: Path) -> None:
+    """Labels: the vote of the rounds is the run's answer."""
+    run = train(place, write_recipe(place, "{kind: boost, rounds: 2}", "none", more="labels"))
+    facts = run.facts()
+    assert facts["combination"]["report"]["rounds"]
+    assert set(facts["combination"]["weights"]) == set(run.adapters())
+    assert "accuracy" in facts["results"]["after"]
+
+
+@pytest.mark.slow
+def test_a_gate_weighs_experts_inside_the_layers(place: Path) -> None:
+    """And is opened again with the run."""
+    run = train(place, write_recipe(place, "{kind: gate, epochs: 0.5}"))
+    facts = run.facts()
+    assert (run.path / "gate" / "gate.json").is_file()
+    assert facts["combination"]["report"]["load"]
+    assert chat_with(run) is not None
+
+
+@pytest.mark.slow
+def test_bases_vote_together(place: Path) -> None:
+    """A member on a base of its own is a run inside the run."""
+    experts = (
+        "{tuned: {}, fresh: {base: {new: {hidden: 32, layers: 1, heads: 2, vocab: 400, context: 64}},"
+        " adapter: {kind: full}}}"
+    )
+    run = train(place, write_recipe(place, "{kind: vote, how: logprob}", experts, more="labels"))
+    assert (run.path / "experts" / "fresh" / "run.json").is_file()
+    assert run.facts()["combination"]["members"] == ["tuned", "fresh"]
+    speaker, _ = open_speaker(run.path, "cpu")
+    assert speaker.is_whole
+    assert speaker.answer([ASKED], GREEDY)[0].text is not None
+
+
+@pytest.mark.slow
+def test_a_route_sends_a_talk_to_the_voice_that_fits_it(place: Path) -> None:
+    """And the terminal says who answers."""
+    run = train(place, write_recipe(place, "{kind: route, default: casual}"))
+    facts = run.facts()
+    assert (run.path / "router" / "router.json").is_file()
+    assert facts["combination"]["default"] == "casual"
+    assert facts["combination"]["report"]["all"]["accuracy"] is not None
+    speaker, loaded = open_speaker(run.path, "cpu")
+    choice = speaker.pick([ASKED])[0]
+    with speaker.alone(choice.expert) as model:
+        wanted = generate(model, loaded.base.tokenizer, [loaded.renderer.prompt(ASKED)], GREEDY, ends=loaded.ends)
+    assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
+    assert chat_with(run).strip() == wanted[0].text.strip()

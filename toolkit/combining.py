@@ -1,0 +1,151 @@
+"""A run of several adapters in order: read this file to know what the command does with `experts` and `combine`.
+
+Experts are trained side by side, each on its own talk; then the combination is made of them (merged, routed, gated,
+weighed); then everybody is measured on the same held-out talk, and the run says whether combining helped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from toolkit import disk, pipeline
+from toolkit.bases.files import hash_files
+from toolkit.bundle import Run
+from toolkit.combine.speaker import MAIN, own_run
+from toolkit.ensemble.experts import Hooks, Seen
+from toolkit.ensemble.ground import Ground, open_ground, shared_of
+from toolkit.ensemble.make import Made, Workshop, count_steps_of, make
+from toolkit.fit.display import Display
+from toolkit.fit.inputs import inputs_of
+from toolkit.fit.stops import StopOnSignal
+from toolkit.judge import Judge
+from toolkit.jury import hear, section_of
+from toolkit.recipe.model import Recipe
+from toolkit.steps import (
+    Begun,
+    Options,
+    begin,
+    data_facts,
+    finish,
+    in_its_folder,
+    in_short,
+    make_judge,
+    measured_before,
+)
+from toolkit.track import config_of, open_track, sample_cells
+
+
+def run(recipe: Recipe, options: Options) -> int:
+    """Train the experts and combine them into RUNS/NAME, or go on where it stopped. Returns the exit code.
+
+    Raises MaltuError for everything the user can do something about; a run that raised goes on with the same command.
+    """
+    return in_its_folder(recipe, options, _inputs(recipe), lambda: open_ground(recipe), _train)
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    """As of one adapter, over the files of all experts; and the adapters of those that exist already."""
+    shared, _, found = shared_of(recipe)
+    inputs = inputs_of(shared)
+    inputs["recipe"] = inputs_of(recipe)["recipe"]
+    for run in found.values():
+        inputs["data"][f"run {run.path}"] = hash_files(run.adapter(), sorted(run.adapter().glob("*")))
+    return inputs
+
+
+def _train(begun: Begun, ground: Ground) -> bool:
+    recipe, folder, console = begun.recipe, begun.folder, begun.console
+    console.print(in_short(recipe, ground.base, ground.corpus, ground.rows), highlight=False)
+    judge = make_judge(ground.shared, ground.base, ground.renderer, ground.corpus, ground.rows)
+    before = measured_before(recipe, folder, judge)
+    if not begun.goes_on:
+        rows = [(row.input_ids, row.labels) for row in ground.rows.train]
+        plan = ground.plan(ground.shared, rows)
+        begin(folder, recipe, begun.options, begun.inputs, plan, ground.renderer, before)
+    take_in(ground, folder)
+    if not _apart(begun, ground):
+        return False
+    display = Display(console, count_steps_of(ground), begun.options.quiet)
+    with StopOnSignal(display.say) as stops, display:
+        hooks = Hooks(display.say, lambda: stops.is_asked, _Watch(display))
+        made = make(Workshop(ground, folder, hooks))
+    if made is None:
+        return False
+    _finish(begun, ground, judge, before, made)
+    return True
+
+
+def take_in(ground: Ground, folder: Run) -> None:
+    """Copy the adapters of experts that exist into the run, so that it works without theirs."""
+    for name, found in ground.found.items():
+        target = folder.adapter(name)
+        if not target.is_dir():
+            disk.make_folder(target.parent)
+            disk.copy_folder(found.adapter(), target)
+
+
+def _apart(begun: Begun, ground: Ground) -> bool:
+    """Members of a vote on bases of their own: trained as runs inside this one, or copied; False: asked to stop."""
+    for name, one in ground.apart.items():
+        target = own_run(begun.folder, name)
+        if isinstance(one, Run):
+            if not target.is_dir():
+                disk.make_folder(target.parent)
+                disk.copy_folder(one.path, target)
+            continue
+        begun.console.print(f"{name}: on a base of its own, so it is trained as a run of its own, {target}.")
+        own = one.model_copy(update={"name": name})
+        if pipeline.run(own, Options(target.parent, quiet=True, command=begun.options.command)):
+            return False
+    return True
+
+
+class _Watch:
+    """All members as one line of progress: steps of all together, their mean loss."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._steps: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
+
+    def __call__(self, seen: Sequence[Seen]) -> None:
+        """After a step of all."""
+        self._steps |= {one.name: one.step for one in seen}
+        self._tokens |= {one.name: one.n_tokens for one in seen}
+        if seen:
+            loss = sum(one.loss for one in seen) / len(seen)
+            self._display.step(sum(self._steps.values()), loss, sum(self._tokens.values()))
+
+
+def _answer_with(folder: Run, best: str) -> None:
+    """Of experts without a combination the best one answers for the run."""
+    target = folder.adapter(MAIN)
+    disk.remove(target)
+    disk.copy_folder(folder.adapter(best), target)
+
+
+def _finish(begun: Begun, ground: Ground, judge: Judge, before: dict[str, Any], made: Made) -> None:
+    """Measure everybody, say what came out, and finish the run."""
+    recipe, folder = begun.recipe, begun.folder
+    found = hear(ground, made, judge)
+    if made.spec is None:
+        _answer_with(folder, found.best)
+    disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, found.after))
+    track = open_track(folder.path, recipe.track, config_of(begun.inputs), -1, begun.console.print)
+    total = made.total()
+    track.log(total.steps, **judge.numbers(found.after))
+    track.text(total.steps, "samples", judge.samples_markdown(before, found.after))
+    track.table(total.steps, "answers", sample_cells(before, found.after))
+    if (folder.path / "adapters").is_dir():  # experts that are other runs lie there
+        track.files(folder.name, folder.path / "adapters")
+    track.close()
+    section = section_of(found.facts)
+    facts: Mapping[str, Any] = {
+        **data_facts(ground.corpus, ground.rows),
+        "fit": asdict(total),
+        "results": {"before": before, "after": found.after},
+        "labels": list(judge.held.labels),
+        **found.facts,
+    }
+    finish(folder, recipe, ground.base, dict(facts), section)
+    begun.console.print(section, highlight=False, markup=False, soft_wrap=True)

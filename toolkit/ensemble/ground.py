@@ -1,0 +1,237 @@
+"""What a run of several adapters stands on: one corpus, split once, and of it what each of them learns.
+
+All files of all experts are gathered together, so that nothing that one learns is what another is judged by. An expert
+that exists already (`run:`) brings its talk along, and what it learned in its own run is left out of the held-out part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from toolkit import bundle
+from toolkit.bases.load import LoadedBase
+from toolkit.bundle import Run
+from toolkit.corpus.gather import Corpus, gather
+from toolkit.corpus.render import Rendered, Renderer
+from toolkit.corpus.talk import Talk
+from toolkit.ensemble.experts import Task
+from toolkit.errors import DataError, Problem, RecipeError
+from toolkit.fit.plan import Plan, make_plan
+from toolkit.fit.prepare import (
+    Rows,
+    make_renderer,
+    open_base,
+    place_here,
+    render_rows,
+    shape_of,
+    training_rows,
+)
+from toolkit.loaded import WHOLE_MODEL
+from toolkit.recipe.combine import Vote
+from toolkit.recipe.experts import expert_recipes, stands_alone, union
+from toolkit.recipe.model import Recipe
+from toolkit.recipe.read import read_recipe
+from toolkit.shipped import resolve
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Talk, base and renderer of all experts, and who they are.
+
+    shared: the run's recipe with the files of all of them. trained: learns here, on the shared base. found: has been
+    trained before, in that run. apart: members of a vote on bases of their own, or whole models: runs of their own, to
+    be trained (a recipe) or there (a run). rows: rendered, in the order of `corpus`.
+    """
+
+    recipe: Recipe
+    shared: Recipe
+    trained: Mapping[str, Recipe]
+    found: Mapping[str, Run]
+    apart: Mapping[str, Recipe | Run]
+    files: Mapping[str, tuple[str, ...]]
+    corpus: Corpus
+    base: LoadedBase
+    renderer: Renderer
+    rows: Rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All experts, in the order of the recipe."""
+        return tuple(self.files)
+
+    def rows_of(self, name: str) -> Rows:
+        """An expert's own rows, with its own weights' places."""
+        own = [self.shared.data.train_files.index(file) for file in self.files[name]]
+        place_of = {place: number for number, place in enumerate(own)}
+        parts: dict[str, list[Rendered]] = {}
+        kept: dict[str, list[int]] = {}
+        for part, entries in self._entries.items():
+            mine = [at for at, entry in enumerate(entries) if entry in place_of or (entry < 0 and part != "train")]
+            parts[part] = [getattr(self.rows, part)[at] for at in mine]
+            kept[part] = [self.rows.kept_talks[part][at] for at in mine]
+        entry = [place_of[place] for place in self._entries["train"] if place in place_of]
+        return Rows(parts["train"], parts["valid"], parts["test"], {}, kept, entry)
+
+    def task(self) -> Task:
+        """What one adapter learns from everything, as the recipe says without its combination: members of a bag or of
+        boosting are made of it."""
+        recipe = self.recipe.model_copy(update={"experts": None, "combine": None})
+        rows = [(list(ids), list(labels)) for ids, labels in training_rows(recipe, self.base, self.rows)]
+        held = [(row.input_ids, row.labels) for row in self.rows.valid]
+        ids = sorted({i for ids, _ in rows for i in ids}) if recipe.adapter.kind == "embedding" else None
+        return Task("main", recipe, rows, held, ids)
+
+    def tasks(self) -> list[Task]:
+        """What the experts that are trained here learn."""
+        return [
+            Task(name, recipe, self.learned_by(name), self.watched_by(name), self.token_ids(name))
+            for name, recipe in self.trained.items()
+        ]
+
+    def learned_by(self, name: str) -> Pairs:
+        """What an expert trained here learns: token ids and labels, a conversation a row, by its own weights."""
+        rows = self.rows_of(name)
+        if not rows.train:
+            says = f"nothing is left to learn of {', '.join(self.files[name])}. Add conversations."
+            raise DataError(self.recipe.name, [Problem(f"experts.{name}", says)])
+        return [(list(ids), list(labels)) for ids, labels in training_rows(self.trained[name], self.base, rows)]
+
+    def watched_by(self, name: str) -> Pairs:
+        """What an expert is measured on while it learns."""
+        return [(row.input_ids, row.labels) for row in self.rows_of(name).valid]
+
+    def talks_of(self, name: str, part: str = "train") -> list[Talk]:
+        """An expert's own talk."""
+        talks: Sequence[Talk] = getattr(self.corpus, part)
+        return [talks[at] for at in self.rows_of(name).kept_talks[part]]
+
+    def owner(self, part: str) -> list[str | None]:
+        """For each row of a part the one expert that learns such talk; None where it is none's, or several's."""
+        found: list[str | None] = []
+        for entry in self._entries[part]:
+            file = self.shared.data.train_files[entry] if entry >= 0 else None
+            owners = [name for name, files in self.files.items() if file in files]
+            found.append(owners[0] if len(owners) == 1 else None)
+        return found
+
+    def plan(self, recipe: Recipe, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Plan:
+        """What `auto` means for one expert. Raises RecipeError for numbers that contradict each other."""
+        longest = max(len(ids) for ids, _ in rows)
+        return make_plan(recipe, shape_of(self.base.model, self.base.context), place_here(), longest)
+
+    def token_ids(self, name: str) -> list[int] | None:
+        """The ids of the training talk: what an embedding adapter learns, and nobody else asks for."""
+        if self.trained[name].adapter.kind != "embedding":
+            return None
+        return sorted({i for row in self.rows_of(name).train for i in row.input_ids})
+
+    @cached_property
+    def _entries(self) -> dict[str, list[int]]:
+        """For each row of a part the place of its file in `shared`."""
+        corpus, kept = self.corpus, self.rows.kept_talks
+        return {
+            "train": list(self.rows.entry),
+            "valid": [int(corpus.entry_valid[at]) for at in kept["valid"]],
+            "test": [int(corpus.entry_test[at]) for at in kept["test"]],
+        }
+
+
+def open_ground(recipe: Recipe) -> Ground:
+    """Read all talk, open the base, render. Nothing is written.
+
+    Raises: DataError, BaseError, RunError as a run of one adapter does, and for an expert that exists but was trained
+    on another base, holds no single adapter, or left nothing to judge by.
+    """
+    shared, files, found = shared_of(recipe)
+    named = {name: one for name, one in expert_recipes(recipe).items() if isinstance(one, Recipe)}
+    apart: dict[str, Recipe | Run] = {name: one for name, one in named.items() if stands_alone(recipe, one)}
+    trained = {name: one for name, one in named.items() if name not in apart}
+    corpus = gather(shared.data, shared.train.seed, None)
+    elsewhere = [_recipe_of(run) for run in found.values()] + [named[name] for name in apart]
+    if elsewhere:
+        corpus = _without(corpus, [talk for one in elsewhere for talk in _learned_by(one)])
+    base = open_base(shared, corpus)
+    for name, run in found.items():
+        if _is_apart(recipe, name, run, base):
+            apart[name] = run
+    found = {name: run for name, run in found.items() if name not in apart}
+    renderer = make_renderer(shared, base)
+    rows = render_rows(shared, renderer, corpus)
+    return Ground(recipe, shared, trained, found, apart, files, corpus, base, renderer, rows)
+
+
+def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[str, Run]]:
+    """The recipe with every file of every expert, each once, without weights; the files of each; the runs named.
+
+    Raises: RunError for a run that is not there.
+    """
+    named = expert_recipes(recipe)
+    found = {name: bundle.open_run(Path(one)) for name, one in named.items() if not isinstance(one, Recipe)}
+    files = {
+        name: one.data.train_files if isinstance(one, Recipe) else _files_of(found[name]) for name, one in named.items()
+    }
+    own = tuple(dict.fromkeys(file for of in files.values() for file in of)) or recipe.data.train_files
+    shared = union(recipe)
+    return shared.model_copy(update={"data": shared.data.model_copy(update={"train": own})}), files, found
+
+
+def _files_of(run: Run) -> tuple[str, ...]:
+    """The files that an existing run learned from, as far as they are here: without them it answers all the same, but
+    nothing can be learned about its talk."""
+    return _here(_recipe_of(run).data.train_files)
+
+
+def _here(files: Sequence[str]) -> tuple[str, ...]:
+    return tuple(file for file in files if file.startswith("hub:") or resolve(file).exists())
+
+
+def _recipe_of(run: Run) -> Recipe:
+    return read_recipe(run.recipe_file, to_run=False)
+
+
+def _learned_by(recipe: Recipe) -> list[Talk]:
+    """What a run of its own learns, or learned, as its own split says."""
+    here = _here(recipe.data.train_files)
+    if not here:
+        return []
+    return list(gather(recipe.data.model_copy(update={"train": here}), recipe.train.seed, None).train)
+
+
+def _without(corpus: Corpus, learned: Sequence[Talk]) -> Corpus:
+    """The corpus without held-out talk that an expert has learned in a run of its own."""
+    known = {_words(talk) for talk in learned}
+    parts = {}
+    for part in ("valid", "test"):
+        talks: Sequence[Talk] = getattr(corpus, part)
+        stays = np.asarray([_words(talk) not in known for talk in talks], dtype=bool)
+        if len(talks) and not stays.any():
+            says = "all of it was learned by an expert of `run:`. Add talk that none has seen, or set data.{part}: 0."
+            raise DataError("experts", [Problem(f"data.{part}", says.replace("{part}", part))])
+        parts[part] = getattr(corpus, part).select(stays)
+        parts[f"entry_{part}"] = getattr(corpus, f"entry_{part}")[stays]
+    return replace(corpus, **parts)
+
+
+def _words(talk: Talk) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.content) for turn in talk.turns)
+
+
+def _is_apart(recipe: Recipe, name: str, run: Run, base: LoadedBase) -> bool:
+    """Whether an existing run answers on a base of its own. Raises: RecipeError for one that cannot be a member."""
+    facts = run.finished("base")
+    is_whole = (run.path / WHOLE_MODEL).is_dir()
+    if not is_whole and "main" not in run.adapters():
+        says = f"{run.path} holds no adapter of its own to combine. Name a run of one adapter."
+        raise RecipeError(recipe.name, [Problem(f"experts.{name}.run", says)])
+    if not is_whole and facts["base"].get("hash") == base.hash:
+        return False
+    if not isinstance(recipe.combine, Vote):
+        says = f"{run.path} answers on {facts['base'].get('model')}, another base than {base.source}."
+        says += " Only combine: {kind: vote} joins different bases."
+        raise RecipeError(recipe.name, [Problem(f"experts.{name}.run", says)])
+    return True

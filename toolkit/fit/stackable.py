@@ -1,0 +1,22 @@
+"""Which recipes' adapters learn side by side in a stack, and what the others are called."""
+
+from toolkit.recipe.model import Lora, Prefix, Recipe
+from toolkit.stack.adapter import KINDS
+
+
+def holds(recipe: Recipe) -> bool:
+    """Whether a stack can train this recipe's adapter beside others."""
+    is_plain = recipe.adapter.kind in KINDS and not _extras(recipe)
+    return is_plain and recipe.train.activation_checkpointing is not True
+
+
+def name_of(recipe: Recipe) -> str:
+    """A kind of adapter, with what sets it apart from those of its kind that a stack holds."""
+    return " with ".join([recipe.adapter.kind, *_extras(recipe)])
+
+
+def _extras(recipe: Recipe) -> list[str]:
+    adapter = recipe.adapter
+    if isinstance(adapter, Lora):
+        return ["DoRA"] * adapter.dora + ["PiSSA"] * (adapter.init == "pissa")
+    return ["projection"] * (isinstance(adapter, Prefix) and adapter.projection)

@@ -1,0 +1,1 @@
+"""What a finished run has to show, as one HTML page; and several runs side by side."""

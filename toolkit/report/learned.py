@@ -1,0 +1,85 @@
+"""How the loss went while a run learned."""
+
+from markupsafe import Markup
+
+from toolkit.report.chart import Line, chart
+from toolkit.report.markup import EMPTY, paragraph, section
+from toolkit.report.seen import Seen
+from toolkit.report.words import Say, counted, number, span, told, within
+
+STEP = Say("optimizer step", "학습 단계")
+LOSS = Say("loss (nats a token)", "손실(토큰당 nat)")
+ENDS = {
+    "done": Say("all steps were taken", "끝까지 배웠습니다"),
+    "early": Say(
+        "it stopped early, since the held-out loss no longer fell", "남겨 둔 손실이 더 줄지 않아 일찍 멈추었습니다"
+    ),
+}
+
+
+def curves_section(seen: Seen) -> Markup:
+    """Loss and held-out loss by step; what came of it in a sentence. Nothing where no step was written down."""
+    learned, watched = seen.points("loss"), seen.points("valid_loss")
+    if not learned and not watched:
+        return EMPTY
+    fit = within(seen.facts, "fit")
+    lines = [
+        Line(Say("while learning", "배우는 동안"), learned, 2),
+        Line(Say("held out", "남겨 둔 대화"), watched, 1),
+    ]
+    many = len(learned) > 240
+    note = Say(
+        "The shaded band holds the losses of the single steps; the line is their mean.",
+        "옅은 띠는 단계마다의 손실이고, 선은 그 평균입니다.",
+    )
+    return section(
+        "curves",
+        Say("How the loss went", "손실의 움직임"),
+        paragraph(_sentence(seen)),
+        chart([line for line in lines if line.points], STEP, LOSS, curve_caption(seen)),
+        paragraph(note, "note") if many else EMPTY,
+        _best(seen) if number(fit.get("best_step")) is not None else EMPTY,
+    )
+
+
+def curve_caption(seen: Seen) -> Say:
+    """The curves in words."""
+    parts = []
+    for points, says in (
+        (seen.points("loss"), Say("Loss while learning", "배우는 동안의 손실")),
+        (seen.points("valid_loss"), Say("held-out loss", "남겨 둔 손실")),
+    ):
+        if points:
+            first, last, low = points[0][1], points[-1][1], min(y for _, y in points)
+            parts.append(
+                says
+                + Say(
+                    f" from {first:.3f} to {last:.3f} (lowest {low:.3f})",
+                    f" {first:.3f}에서 {last:.3f}까지 (가장 낮을 때 {low:.3f})",
+                )
+            )
+    text = parts[0]
+    for more in parts[1:]:
+        text = text + "; " + more
+    return Say(text.en[:1].upper() + text.en[1:] + ".", text.ko + ".")
+
+
+def _sentence(seen: Seen) -> Say:
+    fit = within(seen.facts, "fit")
+    steps, tokens, time = counted(fit.get("steps")), counted(fit.get("n_tokens")), span(fit.get("seconds"))
+    end = ENDS.get(str(fit.get("stopped")), Say("", ""))
+    return Say(
+        f"{steps} steps over {tokens} tokens in {time.en}; {end.en}.",
+        f"{tokens}토큰으로 {steps}단계를 {time.ko} 동안 배웠고, {end.ko}.",
+    )
+
+
+def _best(seen: Seen) -> Markup:
+    fit = within(seen.facts, "fit")
+    step, loss = counted(fit.get("best_step")), told(fit.get("best_loss"), 4)
+    return paragraph(
+        Say(
+            f"What is kept is step {step}, where the held-out loss was lowest ({loss}).",
+            f"남은 것은 남겨 둔 손실이 가장 낮았던 {step}단계입니다({loss}).",
+        )
+    )
