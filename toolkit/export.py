@@ -18,6 +18,7 @@ from toolkit.combine.speaker import MAIN, open_speaker, speaks
 from toolkit.disk import write_folder
 from toolkit.errors import RunError
 from toolkit.loaded import WHOLE_MODEL, load_run
+from toolkit.quiet import quiet
 
 HUB = "hub:"
 # What a run keeps to go on, or for itself alone, and what can run code when it is read: never pushed.
@@ -136,6 +137,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write the run as a plain model folder, or send the run folder to a hub as it is."""
+    with quiet():
+        return _export(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     if hub_target(arguments.to) is not None:
         if arguments.out is not None:
