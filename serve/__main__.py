@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from serve.engines.contract import Engine
     from serve.store import Store
+    from toolkit.bundle import Run
 
 FINISH_S = 8.0  # what running answers have to finish in, once the server is told to stop
 EXIT_S = 9  # then their connections are cut
@@ -51,10 +52,7 @@ def serve(settings: Settings) -> int:
         store = _open_store(settings)
         sys.stdout.write(f"Loading {', '.join(run.name for run in runs)} …\n")
         sys.stdout.flush()
-        from serve.engines.models import open_models
-        from serve.engines.rows import RowsEngine
-
-        engine = RowsEngine(open_models(runs, settings.device), settings.slots, settings.queue)
+        engine = _open_engine(settings, runs)
         try:
             app = _app(engine, settings, address, store)
             _run(app, engine, listener, lambda: _announce(settings, address, engine, store))
@@ -63,6 +61,18 @@ def serve(settings: Settings) -> int:
             if store is not None:
                 store.close()
     return 0
+
+
+def _open_engine(settings: Settings, runs: Sequence["Run"]) -> "Engine":
+    if settings.vllm_url is not None:
+        from serve.engines.vllm import VllmEngine
+        from serve.engines.vllm_runs import describe_runs
+
+        return VllmEngine(describe_runs(runs), settings.vllm_url, settings.vllm_key, settings.slots, settings.queue)
+    from serve.engines.models import open_models
+    from serve.engines.rows import RowsEngine
+
+    return RowsEngine(open_models(runs, settings.device), settings.slots, settings.queue)
 
 
 def _open_store(settings: Settings) -> "Store | None":
@@ -92,7 +102,7 @@ def _app(engine: "Engine", settings: Settings, address: str, store: "Store | Non
     app = create_app(engine, bounds, settings.has_page, store)
     if settings.has_page:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
-        from serve.ui import mount
+        from serve.ui.page import mount
 
         mount(app, address, wants_key=not settings.is_open)
     return app
@@ -117,6 +127,7 @@ def _run(app: "FastAPI", engine: "Engine", listener: socket.socket, on_start: Ca
 def _announce(settings: Settings, address: str, engine: "Engine", store: "Store | None") -> None:
     lines = [f"  page      {address}/"] if settings.has_page else []
     lines += [f"  API       {address}/v1", f"  models    {', '.join(engine.models())}"]
+    lines += [f"  computes  vLLM at {settings.vllm_url}"] if settings.vllm_url else []
     lines += [f"  feedback  {store.place}"] if store is not None else []
     lines += ["  kept      conversations, in the same place"] if settings.keeps else []
     lines += [] if settings.is_open else ["  key       one of the file's, as `Authorization: Bearer KEY`"]

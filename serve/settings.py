@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from toolkit.errors import InputError, Problem
 COMMAND = "python -m serve"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 NO_STORE = "none"
+ROWS, VLLM = "rows", "vllm"
+VLLM_KEY = "VLLM_API_KEY"  # the variable that vLLM itself reads
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Settings:
 
     keys: the API keys, none when everybody who reaches it may ask; admin_keys: those of who may change what is served.
     rate: how often one owner may ask. answer_s: how long an answer may take. store: the URL of where feedback lies,
-    None where it is off; keeps: whether conversations are stored too.
+    None where it is off; keeps: whether conversations are stored too. vllm_url: the vLLM server that computes, None
+    where this process does; vllm_key: its API key.
     """
 
     runs: tuple[str, ...]
@@ -40,6 +44,8 @@ class Settings:
     answer_s: int = 600
     store: str | None = None
     keeps: bool = False
+    vllm_url: str | None = None
+    vllm_key: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -88,6 +94,10 @@ def parser() -> argparse.ArgumentParser:
         "--keep-conversations", action="store_true", help="store what is asked and answered as well, not feedback alone"
     )
     add("--allow-open", action="store_true", help="listen beyond this machine without API keys")
+    add(
+        "--engine", default=ROWS, metavar="NAME", help="rows: this process computes (default); vllm: a vLLM server does"
+    )
+    add("--vllm-url", metavar="URL", help=f"where that server is; its API key is read from {VLLM_KEY}")
     return command
 
 
@@ -110,6 +120,7 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         problems.append(Problem("--rate", wrong))
     if given.store == NO_STORE and given.keep_conversations:
         problems.append(Problem("--keep-conversations", "there is no store to keep them in. Leave out --store none."))
+    _check_engine(given, problems)
     if not is_loopback(given.host) and not given.api_key_file and not given.allow_open:
         says = (
             f"{given.host} can be reached from other machines, and there is no API key. Give --api-key-file FILE, or "
@@ -129,8 +140,24 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         rate=given.rate,
         store=None if given.store == NO_STORE else given.store or _default_store(Path(given.runs)),
         keeps=given.keep_conversations,
+        vllm_url=given.vllm_url,
+        vllm_key=(environment.get(VLLM_KEY) or None) if given.vllm_url else None,
         **numbers,
     )
+
+
+def _check_engine(given: argparse.Namespace, problems: list[Problem]) -> None:
+    if given.engine not in (ROWS, VLLM):
+        problems.append(Problem("--engine", f"{given.engine!r} is none. Take {ROWS} or {VLLM}."))
+    elif given.engine == VLLM and not given.vllm_url:
+        problems.append(Problem("--engine", f"{VLLM} needs --vllm-url, as in --vllm-url http://127.0.0.1:8001."))
+    elif given.engine == ROWS and given.vllm_url:
+        problems.append(Problem("--vllm-url", f"goes with --engine {VLLM}."))
+    elif given.engine == VLLM and not re.fullmatch(r"https?://[^/?#\s@]+/?", given.vllm_url):
+        says = f"{given.vllm_url!r} is no address of a server, as http://127.0.0.1:8001 is."
+        problems.append(Problem("--vllm-url", says))
+    elif given.engine == VLLM and given.device != "auto":
+        problems.append(Problem("--device", "is the vLLM server's to choose. Leave it out."))
 
 
 def _default_store(runs: Path) -> str:

@@ -1,147 +1,133 @@
-"""The chat page in a real browser, at a desk's and a phone's width, over an engine that says what it is told."""
+"""The chat in a real browser, at a desk's and a phone's width, over an engine that says what it is told."""
 
-import asyncio
-import os
-import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from serve.keys import Key, key_of
-
-playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed (apt-get install chromium)", allow_module_level=True)
+from serve.engines.contract import Auto, Mix
+from serve.store import Store
+from tests.page_world import (
+    DESK,
+    PHONE,
+    answered,
+    button,
+    choose,
+    open_browser,
+    reload,
+    say,
+    serving,
+    status,
+    tab,
+    tab_to,
+    told,
+    until,
+    visiting,
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow  # gradio and a browser have to start
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-KEY = "a-key-of-sixteen-characters"
-QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield browser
-        browser.close()
+    yield from open_browser()
 
 
 @pytest.fixture
-def address(engine: Any) -> Iterator[str]:
-    yield from serve_page(engine, ())
-
-
-@pytest.fixture
-def locked(engine: Any) -> Iterator[str]:
-    yield from serve_page(engine, (key_of(KEY),))
-
-
-def serve_page(engine: Any, keys: tuple[Key, ...]) -> Iterator[str]:
-    """API and page over the scripted engine, in a thread of their own."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import uvicorn
-
-    from serve.api import Bounds, create_app
-    from serve.ui import mount
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = create_app(engine, Bounds(1000, keys), has_page=True)
-        mount(app, address, wants_key=bool(keys))
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=1, ws="none")
-        )
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
+def address(engine: Any, tmp_path: Path) -> Iterator[str]:
+    store = Store(f"sqlite:///{tmp_path}/feedback.db")
+    with serving(engine, store=store) as address:
         yield address
-        server.should_exit = True
-        thread.join(timeout=20)
+    store.close()
 
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page; afterwards nothing must have gone wrong in it."""
-    opened: list[tuple[Any, list[str]]] = []
-
-    def run(address: str, size: dict[str, int] = DESK, locale: str = "ko-KR") -> Any:
-        context = browser.new_context(viewport=size, locale=locale)
-        page, wrong = context.new_page(), list[str]()
-        page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
-        page.on(
-            "response",
-            lambda response: wrong.append(f"{response.status} {response.url}") if response.status >= 400 else None,
-        )
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.set_default_timeout(20_000)
-        page.goto(address)
-        page.wait_for_selector("#box textarea")
-        page.wait_for_function("document.querySelector('#model input').value !== ''")
-        opened.append((context, wrong))
-        return page
-
-    yield run
-    for context, wrong in opened:
-        context.close()
-        assert wrong == []
-
-
-def say(page: Any, text: str) -> None:
-    page.fill("#box textarea", text)
-    page.press("#box textarea", "Enter")
-
-
-def told(page: Any, who: str) -> list[str]:
-    return [element.inner_text() for element in page.query_selector_all(f"#talk [data-testid={who}]")]
-
-
-def until(page: Any, holds: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if holds():
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(f"did not happen: {told(page, 'user')} {told(page, 'bot')} {page.inner_text('body')}")
-
-
-def button(page: Any, name: str) -> Any:
-    return page.get_by_role("button", name=name, exact=True)
+    with visiting(browser) as visit:
+        yield visit
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 def test_a_talk_goes_back_and_forth(address: str, engine: Any, visit: Any, size: dict[str, int]) -> None:
     page = visit(address, size)
     say(page, "오늘 뭐 먹지?")
-    until(page, lambda: told(page, "bot") == ["아무거나 먹자."])
+    answered(page)
+    assert told(page, "bot") == ["아무거나 먹자."]
     say(page, "왜?")
-    until(page, lambda: len(told(page, "bot")) == 2)
+    answered(page, 2)
     turns = [(turn.role, turn.content) for turn in engine.asks[-1].turns]
     assert turns == [("user", "오늘 뭐 먹지?"), ("assistant", "아무거나 먹자."), ("user", "왜?")]
     assert engine.asks[-1].model == "casual"
-    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert page.input_value("#box textarea") == ""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_nothing_sticks_out_and_every_word_can_be_read(
+    address: str, engine: Any, visit: Any, size: dict[str, int], scheme: str
+) -> None:
+    engine.pieces = ["아주 ", "긴" * 400]
+    page = visit(address, size, scheme=scheme)
+    choose(page, "mix")
+    say(page, "오늘 뭐 먹지?")
+    answered(page)
+    for name in ("대화", "겨루기", "의견"):
+        tab(page, name)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        assert page.evaluate(FAINT) == []
+
+
+# Texts whose contrast with what lies behind them is under 4.5 : 1 (WCAG 2.2, 1.4.3), but for buttons that are off.
+FAINT = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = (color) => { const [r, g, b] = color.map((c) => { const v = c / 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (node) => { for (let at = node; at; at = at.parentElement) { const color = rgba(getComputedStyle(at).backgroundColor); if (color[3] > 250) return color; } return [255, 255, 255, 255]; };
+  const faint = [];
+  for (const node of document.querySelectorAll("main *")) {
+    const says = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    if (!says || !node.checkVisibility({ visibilityProperty: true }) || node.closest(":disabled") || !node.getClientRects().length) continue;
+    const [one, other] = [light(rgba(getComputedStyle(node).color)), light(behind(node))].sort((a, b) => b - a);
+    if ((one + 0.05) / (other + 0.05) < 4.5) faint.push(node.textContent.slice(0, 40));
+  }
+  return faint;
+}"""  # noqa: E501
 
 
 @pytest.mark.parametrize(
     ("locale", "words"),
-    [("ko-KR", ["다시", "멈춤", "지우기", "설정"]), ("en-US", ["Again", "Stop", "Clear", "Settings"])],
+    [
+        ("ko-KR", ["대화", "겨루기", "의견", "다시", "멈춤", "지우기", "모델", "설정", "보내기"]),
+        ("en-US", ["Chat", "Arena", "Feedback", "Again", "Stop", "Clear", "Model", "Settings", "Send"]),
+    ],
 )
 def test_labels_follow_the_browsers_language(address: str, visit: Any, locale: str, words: list[str]) -> None:
     page = visit(address, PHONE, locale)
     for word in words:
-        button(page, word).wait_for() if word not in ("설정", "Settings") else page.get_by_text(
-            word, exact=True
-        ).wait_for()
+        page.get_by_text(word, exact=True).locator("visible=true").first.wait_for()
+
+
+def test_a_switch_changes_every_word_and_the_talk_stays(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    say(page, "안녕")
+    answered(page)
+    button(page, "English").click()
+    for word in ("Again", "Stop", "Clear", "Edit", "Correct", "Send"):
+        button(page, word).wait_for()
+    assert page.get_attribute("html", "lang") == "en" and told(page, "user") == ["안녕"]
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_text("Repetition penalty", exact=True).wait_for()
+    tab(page, "Arena")
+    button(page, "Both bad").wait_for()
+    tab(page, "Feedback")
+    page.get_by_text("Nothing is stored of you here", exact=False).wait_for()
+    said = page.locator("main").inner_text().replace("말투", "").replace("한국어", "")
+    assert not [letter for letter in said if "가" <= letter <= "힣"]
+    reload(page)
+    button(page, "Edit").wait_for()
+    assert told(page, "user") == ["안녕"] and page.get_attribute("html", "lang") == "en"
 
 
 def test_an_answer_grows_as_it_is_made(address: str, engine: Any, visit: Any) -> None:
@@ -165,87 +151,170 @@ def test_stop_keeps_what_was_said_and_cancels_the_rest(address: str, engine: Any
     assert told(page, "bot") == kept and "말3" in kept[0]
     engine.pieces, engine.pace = ["응"], 0.0
     say(page, "고마워")
-    until(page, lambda: len(told(page, "bot")) == 2)
+    answered(page, 2)
     assert engine.asks[-1].turns[1].content.strip() == kept[0].strip()
 
 
 def test_again_asks_the_same_once_more(address: str, engine: Any, visit: Any) -> None:
     page = visit(address)
     say(page, "오늘 뭐 먹지?")
-    until(page, lambda: len(told(page, "bot")) == 1)
+    answered(page)
     engine.pieces = ["국수!"]
     button(page, "다시").click()
     until(page, lambda: told(page, "bot") == ["국수!"])
     assert engine.asks[0].turns == engine.asks[1].turns and len(told(page, "user")) == 1
 
 
+def test_an_earlier_turn_is_edited_and_answered_anew(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    for n_answers, text in enumerate(["하나", "둘"], 1):
+        say(page, text)
+        answered(page, n_answers)
+    button(page, "고치기").first.click()
+    page.get_by_label("내가 한 말").fill("셋 <b>")
+    page.locator("#talk").get_by_role("button", name="보내기").click()
+    until(page, lambda: told(page, "user") == ["셋 <b>"])
+    answered(page)
+    assert [turn.content for turn in engine.asks[-1].turns] == ["셋 <b>"]
+
+
+def test_an_edit_is_left_with_escape(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    say(page, "하나")
+    answered(page)
+    button(page, "고치기").click()
+    page.get_by_label("내가 한 말").press("Escape")
+    assert page.query_selector("#talk textarea") is None and len(engine.asks) == 1
+    assert page.evaluate("document.activeElement.textContent") == "고치기"
+
+
+def test_an_open_correction_outlives_a_thumb(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    say(page, "하나")
+    answered(page)
+    page.evaluate("""() => {
+      const [thumb, correct] = ["좋은 답", "바로잡기"].map((name) =>
+        [...document.querySelectorAll("#talk .act")].find((act) => act.title === name || act.textContent === name));
+      thumb.click();
+      correct.click();
+    }""")
+    page.keyboard.type(" 둘")
+    until(page, lambda: page.locator("#talk [aria-pressed=true]").count() == 1)
+    page.keyboard.type(" 셋")
+    assert page.get_by_label("이렇게 말했어야 해요").input_value() == "아무거나 먹자. 둘 셋"
+    page.keyboard.press("Control+Enter")
+    until(page, lambda: page.locator("#talk .corrected").count() == 1)
+
+
 def test_clear_starts_anew(address: str, engine: Any, visit: Any) -> None:
     page = visit(address)
     say(page, "안녕")
-    until(page, lambda: len(told(page, "bot")) == 1)
+    answered(page)
     button(page, "지우기").click()
     until(page, lambda: told(page, "user") == [] and told(page, "bot") == [])
     say(page, "다시 안녕")
-    until(page, lambda: len(told(page, "bot")) == 1)
+    answered(page)
     assert len(engine.asks[-1].turns) == 1
 
 
 def test_another_model_answers_with_its_own_settings(address: str, engine: Any, visit: Any) -> None:
     page = visit(address)
-    page.click("#model input")
-    page.get_by_role("option", name="polite").click()
-    page.wait_for_timeout(500)
+    choose(page, "polite")
     say(page, "안녕하세요")
-    until(page, lambda: len(told(page, "bot")) == 1)
+    answered(page)
     sampling = engine.asks[-1].sampling
-    assert engine.asks[-1].model == "polite"
+    assert engine.asks[-1].model == "polite" and page.inner_text("#talk .bot .who") == "polite"
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.5, 0.8, 20)
+
+
+def test_sliders_make_a_mixture_and_the_answer_says_who(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address, PHONE)
+    assert page.query_selector("#weights input") is None
+    choose(page, "mix")
+    page.get_by_label("casual").fill("0.25")
+    page.get_by_label("polite").fill("0.75")
+    assert [one.text_content() for one in page.query_selector_all("#weights output")] == ["25 %", "75 %", "0 %"]
+    say(page, "안녕")
+    answered(page)
+    assert engine.asks[-1].who == Mix((("casual", 0.25), ("polite", 0.75)))
+    assert page.inner_text("#talk .bot .who") == "polite 75 % · casual 25 %"
+    for name in ("casual", "polite"):
+        page.get_by_label(name, exact=True).fill("0")
+    say(page, "누구?")
+    until(page, lambda: "비율을 주세요" in status(page))
+    assert len(engine.asks) == 1
+
+
+def test_a_router_picks_where_there_is_one(
+    address: str, engine: Any, visit: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit(address)
+    choose(page, "auto")
+    say(page, "안녕")
+    answered(page)
+    assert engine.asks[-1].who == Auto() and page.inner_text("#talk .bot .who") == "polite"
+    plain = engine.served
+
+    def without(who: Any) -> Any:
+        if isinstance(who, Auto):
+            raise refusal(400, "Nothing here chooses.", "invalid_value", "model")
+        return plain(who)
+
+    monkeypatch.setattr(engine, "served", without)
+    page = visit(address)
+    page.click("#model input")
+    options = [option.get_attribute("aria-label") for option in page.get_by_role("option").all()]
+    assert options == ["casual", "polite", "base", "mix"]
 
 
 def test_settings_are_folded_away_and_sent(address: str, engine: Any, visit: Any) -> None:
     page = visit(address, PHONE)
-    number = page.get_by_role("spinbutton").nth(0)
-    assert not number.is_visible()
+    fields = page.get_by_role("spinbutton")
+    assert not fields.first.is_visible()
     page.get_by_text("설정", exact=True).click()
-    number.fill("1.5")
-    number.press("Tab")
+    for place, value in enumerate(["1.5", "0.6", "7", "0.1", "1.2", "33", "11"]):
+        fields.nth(place).fill(value)
+        fields.nth(place).press("Tab")
     page.wait_for_timeout(300)
     say(page, "안녕")
-    until(page, lambda: len(told(page, "bot")) == 1)
-    assert engine.asks[-1].sampling.temperature == 1.5
+    answered(page)
+    used = engine.asks[-1].sampling
+    assert (used.temperature, used.top_p, used.top_k, used.min_p) == (1.5, 0.6, 7, 0.1)
+    assert (used.repetition_penalty, used.max_tokens, used.seed) == (1.2, 33, 11)
 
 
 def test_trouble_is_told_and_the_talk_stays(address: str, engine: Any, visit: Any, refusal: Any) -> None:
-    engine.refusal = refusal(429, "64 requests are waiting already.", "queue_full")
+    engine.refusal = refusal(429, "64 requests <b>are</b> waiting already.", "queue_full")
     page = visit(address)
     say(page, "안녕")
-    until(page, lambda: "64 requests are waiting" in page.inner_text("#status"))
+    until(page, lambda: "64 requests <b>are</b> waiting" in status(page))
     engine.refusal = None
     button(page, "다시").click()
-    until(page, lambda: told(page, "bot") == ["아무거나 먹자."] and page.inner_text("#status").strip() == "")
+    until(page, lambda: told(page, "bot") == ["아무거나 먹자."] and status(page) == "")
 
 
-def test_a_talk_beyond_the_context_loses_its_oldest_part_and_says_so(
-    address: str, engine: Any, visit: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = engine.submit
-
-    async def small(ask: Any) -> Any:
-        if len(ask.turns) > 3:
-            raise refusal(400, "too long", "context_length_exceeded", "messages")
-        return await submit(ask)
-
-    monkeypatch.setattr(engine, "submit", small)
+def test_an_answer_that_breaks_off_is_kept_and_said_to_be_broken(address: str, engine: Any, visit: Any) -> None:
+    engine.pieces = ["아무", RuntimeError("lost")]
     page = visit(address)
-    for n_answers, text in enumerate(["하나", "둘", "셋"], 1):
+    say(page, "안녕")
+    until(page, lambda: "⚠" in status(page))
+    assert told(page, "bot") == ["아무"] and page.query_selector("#talk .part.busy") is None
+
+
+def test_a_talk_beyond_the_context_loses_its_oldest_part_and_says_so(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    for n_answers, text in enumerate(["하나", "둘"], 1):
         say(page, text)
-        until(page, lambda n=n_answers: len(told(page, "bot")) == n)
-    assert [turn.content for turn in engine.asks[-1].turns if turn.role == "user"] == ["둘", "셋"]
-    until(page, lambda: "앞부분을 빼고" in page.inner_text("#status"))
+        answered(page, n_answers)
+    engine.longest = 5
+    say(page, "셋")
+    answered(page, 3)
+    assert [turn.content for turn in engine.asks[-1].turns] == ["셋"]
+    until(page, lambda: "앞부분을 빼고" in status(page))
 
 
 def test_what_is_typed_or_said_is_never_markup(address: str, engine: Any, visit: Any) -> None:
-    bad = "<img src=x onerror=\"document.title='taken'\"> &amp; ~한 줄~ **굵게** $$x$$"
+    bad = "<img src=x onerror=\"document.title='taken'\"> &amp; ~한 줄~ **굵게** $$x$$ ${1} {{value}}"
     engine.pieces = [bad]
     page = visit(address)
     say(page, bad)
@@ -269,41 +338,33 @@ def test_a_syllable_is_composed_before_enter_sends(address: str, engine: Any, vi
     until(page, lambda: told(page, "user") == ["안"])
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/gradio_api/upload"),
-        ("GET", "/gradio_api/file=/etc/passwd"),
-        ("GET", "/gradio_api/proxy=http://127.0.0.1:1/"),
-        ("POST", "/gradio_api/call/answer"),
-        ("POST", "/gradio_api/run/predict"),
-        ("POST", "/gradio_api/vibe-edit"),
-        ("GET", "/gradio_api/runs"),
-        ("GET", "/gradio_api/dev/reload"),
-        ("POST", "/gradio_api/component_server"),
-        ("GET", "/monitoring"),
-        ("POST", "/login"),
-    ],
-)
-def test_gradios_other_routes_stay_shut(address: str, method: str, path: str) -> None:
-    response = httpx.request(method, address + path)
-    assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
-
-
-def test_what_the_page_may_send_is_bounded(address: str) -> None:
-    join = f"{address}/gradio_api/queue/join"
-    assert httpx.post(join, content=b" " * (2**20 + 1)).status_code == 413
-    assert httpx.post(join, content=iter([b"{}"])).status_code == 413
-
-
-def test_a_locked_server_asks_the_visitor_for_a_key(locked: str, engine: Any, browser: Any) -> None:
-    context = browser.new_context(viewport=DESK, locale="ko-KR")
-    page = context.new_page()
-    page.goto(locked)
-    page.get_by_label("API 키").wait_for()
-    until(page, lambda: "API key" in page.inner_text("#status"))
-    page.get_by_label("API 키").fill(KEY)
-    page.wait_for_function("document.querySelector('#model input').value !== ''")
-    say(page, "안녕")
-    until(page, lambda: told(page, "bot") == ["아무거나 먹자."])
-    context.close()
+def test_all_of_it_works_by_keyboard_alone(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address)
+    keys = page.keyboard
+    page.evaluate("document.activeElement.blur()")
+    tab_to(page, "at.closest('#model')")
+    for key in ("ArrowDown", "Enter"):
+        keys.press(key)
+    page.wait_for_timeout(500)
+    tab_to(page, "at.closest('#box') && at.tagName === 'TEXTAREA'")
+    keys.type("안녕")
+    keys.press("Enter")
+    answered(page)
+    assert engine.asks[-1].model == "polite"
+    keys.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.textContent") in ("복사", "바로잡기")
+    page.focus("#language")
+    tab_to(page, "at.title === '좋은 답'")
+    keys.press("Enter")
+    until(page, lambda: "저장했어요" in status(page))
+    assert page.evaluate("document.activeElement.title") == "좋은 답"
+    tab_to(page, "at.textContent === '바로잡기'")
+    keys.press("Enter")
+    keys.press("Control+a")
+    keys.type("국수 먹자")
+    keys.press("Control+Enter")
+    until(page, lambda: "국수 먹자" in page.inner_text("#talk .corrected"))
+    page.focus("#language")
+    tab_to(page, "at.getAttribute('role') === 'tab' && at.textContent.trim() === '겨루기'")
+    keys.press("Enter")
+    page.locator("#arena-box textarea").wait_for(state="visible")

@@ -1,0 +1,1 @@
+"""The chat page: Gradio, speaking HTTP to the API like any app."""
