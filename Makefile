@@ -1,4 +1,5 @@
 # make demo: train and compare.  make test: all tests.  make check: lint, types, fast tests.  make setup: .venv alone.
+# make soak: 10 minutes of mixed load on a server (MINUTES=3: three).
 PYTHON ?= python3
 TORCH ?= auto
 VENV := .venv
@@ -33,7 +34,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n 2 --dist worksteal
 
 soak: setup
-	$(PY) -m pytest -m soak
+	MALTU_SOAK_MINUTES=$(or $(MINUTES),10) $(PY) -m pytest -m soak -s
 
 wheel: setup
 	$(PY) -m build --wheel --outdir dist

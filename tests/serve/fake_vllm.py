@@ -22,6 +22,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from serve.engines.vllm_runs import Handed, describe_runs
+from toolkit.bundle import open_run
+from toolkit.shipped import shipped
+
 Break = Literal["status", "event", "cut", "foreign"]
 
 
@@ -62,7 +66,7 @@ class FakeVllm:
     context: int = 512
     key: str | None = None
     takes_loras: bool = True
-    pace_s: float = 0.0005
+    pace_s: float = 0.003
     loras: dict[str, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     breaks: list[Break] = field(default_factory=list)
@@ -191,3 +195,14 @@ def running(fake: FakeVllm) -> Iterator[FakeVllm]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def described(runs: Path, *names: str) -> dict[str, Handed]:
+    """Runs of the shared folder, as the engine is given them."""
+    return describe_runs([open_run(runs / name) for name in names or ("casual", "polite")])
+
+
+def fake_of(runs: Path, **options: Any) -> FakeVllm:
+    """A server with the base of these runs."""
+    base = described(runs)["base"]
+    return FakeVllm(str(shipped("base/spoken-mini")), base.n_vocabulary, **options)

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve.engines.contract import Ask, Engine, One, Reply
 from serve.engines.rows import RowsEngine
+from serve.engines.vllm import VllmEngine
 from serve.refusal import Refusal
+from tests.serve.fake_vllm import described, fake_of, running
 from toolkit.corpus.talk import Turn
 from toolkit.generate import Sampling
 
@@ -152,3 +155,15 @@ class TestRowsEngineOverModelsOfTheirOwn(EngineContract):
         engine = RowsEngine(bare.alone, n_slots=4, n_queue=32)
         yield engine
         engine.close()
+
+
+@pytest.mark.slow
+class TestVllmEngine(EngineContract):
+    """Through HTTP, to a server that answers as vLLM does."""
+
+    @pytest.fixture
+    def engine(self, runs: Path) -> Iterator[Engine]:
+        with running(fake_of(runs)) as fake:
+            engine = VllmEngine(described(runs), fake.url, n_slots=4, n_queue=32)
+            yield engine
+            engine.close()

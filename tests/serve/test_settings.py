@@ -94,3 +94,28 @@ def test_conversations_are_kept_only_when_told_and_only_in_a_store() -> None:
     assert not read_settings(["casual"], {}).keeps and read_settings(["casual", "--keep-conversations"], {}).keeps
     with pytest.raises(InputError, match="no store"):
         read_settings(["casual", "--keep-conversations", "--store", "none"], {})
+
+
+def test_a_vllm_server_computes_where_told_and_its_key_is_its_own_variable() -> None:
+    words = ["casual", "--engine", "vllm", "--vllm-url", "http://gpu:8001/"]
+    settings = read_settings(words, {"VLLM_API_KEY": "s3cret"})
+    assert (settings.vllm_url, settings.vllm_key) == ("http://gpu:8001/", "s3cret")
+    assert read_settings(["casual"], {"VLLM_API_KEY": "s3cret"}).vllm_key is None
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["--engine", "vllm"], "--engine"),
+        (["--engine", "sglang"], "--engine"),
+        (["--vllm-url", "http://gpu:8001"], "--vllm-url"),
+        (["--engine", "vllm", "--vllm-url", "gpu:8001"], "--vllm-url"),
+        (["--engine", "vllm", "--vllm-url", "http://me:pw@gpu:8001"], "--vllm-url"),
+        (["--engine", "vllm", "--vllm-url", "http://gpu:8001/v1"], "--vllm-url"),
+        (["--engine", "vllm", "--vllm-url", "http://gpu:8001", "--device", "cuda"], "--device"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(words: list[str], where: str) -> None:
+    with pytest.raises(InputError) as raised:
+        read_settings(["casual", *words], {})
+    assert [problem.where for problem in raised.value.problems] == [where]
