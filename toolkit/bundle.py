@@ -18,6 +18,7 @@ from toolkit.errors import BusyError, RunError
 VERSION = 1
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+LEARNED_FILE = "learned.json"  # marks of the talk that the run learned, so that nothing of it judges another run
 BEFORE_FILE = "before.json"  # under checkpoints/: what the bare base does, measured once a run
 BEGUN = frozenset(
     {"recipe.yaml", "template.jinja", "generation.json", "checkpoints", "search"}

@@ -83,7 +83,12 @@ class Conversation:
         if self.speaker is None:
             answer = yield from stream(self.loaded.model, tokenizer, prompt, sampling, is_cancelled, self.loaded.ends)
         elif self.speaker.is_whole:  # nothing can be shown before all have answered
-            answer = self.speaker.answer([self.turns], sampling)[0]
+            first = [Turn("system", self.system)] if self.system else []
+            try:
+                answer = self.speaker.answer([[*first, *self.turns]], sampling)[0]
+            except InputError:  # a member with less room than the base
+                self.turns.pop()
+                raise
             yield answer.text
         else:
             if self.speaker.spec.kind == "route":

@@ -111,21 +111,29 @@ def _combination(recipe: Recipe, combine: Combine) -> Iterator[tuple[str, str]]:
     if combine.kind in MAKES_MEMBERS:
         most = combine.members if isinstance(combine, Bag) else combine.rounds if isinstance(combine, Boost) else 0
         yield "cost", f"{'at most ' * isinstance(combine, Boost)}{most} members, each as the run above"
-    described = _method(recipe, combine)
-    if described is not None:
-        yield "what it does", described.says
-        yield "before it answers", described.training
-        yield "an answer costs", described.serving
+    made, answers = _methods(recipe, combine)
+    yield "what it does", made.says
+    if answers is not made:
+        yield "how it answers", answers.says
+    yield "before it answers", made.training
+    yield "an answer costs", answers.serving
 
 
-def _method(recipe: Recipe, combine: Combine) -> Method | None:
-    """The description of what answers in the end; members that are made vote, and of text average every token."""
-    from toolkit.combine.methods import METHODS
+def _methods(recipe: Recipe, combine: Combine) -> tuple[Method, Method]:
+    """How the combination is made, and how it answers: a bag's members are made first, and then vote.
 
-    how, kind = how_of(combine), str(combine.kind)
-    ways = [(kind, how)]
+    Members that vote on text average every token, or the majority's answer is taken (hard).
+    """
+    from toolkit.combine.methods import method_named
+
+    how, is_labels = how_of(combine), recipe.task == "classify"
     if isinstance(combine, Vote | Bag):
         of_text = ("vote", "majority") if how == "hard" else ("mix", how.replace("soft", "prob"))
-        ways = [*ways[kind == "vote" :], ("vote", how) if recipe.task == "classify" else of_text]
-    found = (one for way in ways for one in METHODS if (one.kind, one.name) == way)
-    return next(found, None)
+        answers = method_named(*(("vote", how) if is_labels else of_text))
+        if isinstance(combine, Vote):
+            return answers, answers
+        return method_named("bag", "bootstrap" if combine.bootstrap else "seeds"), answers
+    if isinstance(combine, Boost) and not is_labels:
+        how = "likelihood"
+    made = method_named(str(combine.kind), how)
+    return made, made

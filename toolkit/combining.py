@@ -4,7 +4,8 @@ Experts are trained side by side, each on its own talk; then the combination is 
 weighed); then everybody is measured on the same held-out talk, and the run says whether combining helped.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,11 +16,14 @@ from toolkit.combine.speaker import MAIN, own_run
 from toolkit.ensemble.experts import Hooks, Seen
 from toolkit.ensemble.ground import Ground, open_ground, shared_of
 from toolkit.ensemble.make import Made, Workshop, count_steps_of, make
+from toolkit.errors import RunError
 from toolkit.fit.display import Display
 from toolkit.fit.inputs import inputs_of
 from toolkit.fit.stops import StopOnSignal
 from toolkit.judge import Judge
 from toolkit.jury import hear, section_of
+from toolkit.loaded import WHOLE_MODEL
+from toolkit.recipe.experts import expert_recipes, stands_alone
 from toolkit.recipe.model import Recipe
 from toolkit.steps import (
     Begun,
@@ -40,6 +44,8 @@ def run(recipe: Recipe, options: Options) -> int:
 
     Raises MaltuError for everything the user can do something about; a run that raised goes on with the same command.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("A run of several adapters is not started by torchrun: they learn side by side in one process.")
     return in_its_folder(recipe, options, _inputs(recipe), lambda: open_ground(recipe), _train)
 
 
@@ -49,7 +55,11 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     inputs = inputs_of(shared)
     inputs["recipe"] = inputs_of(recipe)["recipe"]
     for run in found.values():
-        inputs["data"][f"run {run.path}"] = hash_files(run.adapter(), sorted(run.adapter().glob("*")))
+        folder = run.path / WHOLE_MODEL if (run.path / WHOLE_MODEL).is_dir() else run.adapter()
+        inputs["data"][f"run {run.path}"] = hash_files(folder, sorted(folder.glob("*")))
+    for name, one in expert_recipes(recipe).items():
+        if isinstance(one, Recipe) and stands_alone(recipe, one):
+            inputs["data"][f"base of {name}"] = inputs_of(one)["base"]
     return inputs
 
 
@@ -69,7 +79,7 @@ def _train(begun: Begun, ground: Ground) -> bool:
     with StopOnSignal(display.say) as stops, display:
         hooks = Hooks(display.say, lambda: stops.is_asked, _Watch(display))
         made = make(Workshop(ground, folder, hooks))
-    if made is None:
+    if made is None or stops.is_asked:
         return False
     _finish(begun, ground, judge, before, made)
     return True
@@ -140,12 +150,13 @@ def _finish(begun: Begun, ground: Ground, judge: Judge, before: dict[str, Any], 
         track.files(folder.name, folder.path / "adapters")
     track.close()
     section = section_of(found.facts)
-    facts: Mapping[str, Any] = {
+    facts: dict[str, Any] = {
         **data_facts(ground.corpus, ground.rows),
         "fit": asdict(total),
         "results": {"before": before, "after": found.after},
         "labels": list(judge.held.labels),
         **found.facts,
     }
-    finish(folder, recipe, ground.base, dict(facts), section)
+    facts["learned"] = sorted({*facts["learned"], *ground.known})
+    finish(folder, recipe, ground.base, facts, section)
     begun.console.print(section, highlight=False, markup=False, soft_wrap=True)

@@ -320,7 +320,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         speaker, loaded = open_speaker(arguments.run, arguments.device)
         judge, model = _judge_of(recipe, corpus, loaded, console)
         held = judge.held
-        table = Table(loaded.base, judge.renderer, speaker.stack, held.talks, held.rows, held.labels)
+        table = Table(loaded.base, judge.renderer, speaker.stack, held.talks, held.rows, held.labels, speaker.apart)
         found = {"before": judge.measure(model), "after": judge.measure(Combined(table, speaker))}
         show_numbers(found, run.name, console)
         return 0

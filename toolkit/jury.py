@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from toolkit.bundle import Run
 from toolkit.combine.speaker import MAIN
 from toolkit.ensemble.compare import Sums, Verdict, verdict
 from toolkit.ensemble.ground import Ground
@@ -41,11 +42,12 @@ def hear(ground: Ground, made: Made, judge: Judge) -> Heard:
     best = best_of(made.watched, table, members)
     experts = {name: _expert(ground, made, name, measured[name]) for name in members}
     if made.spec is None:
-        return Heard(measured[best], best, {"experts": experts, "best": best})
+        is_measured = bool(len(made.watched.talks) or len(table.talks))
+        return Heard(measured[best], best, {"experts": experts, "best": best, "best_is_measured": is_measured})
     combined: Subject = OneMember(table, MAIN) if made.speaker is None else Combined(table, made.speaker)
     after = judge.measure(combined)
     facts: dict[str, Any] = {**made.spec.facts(), "report": dict(made.report)}
-    found = _verdict(table, best, combined, judge)
+    found = _verdict(table, members, combined, chosen_here=not ground.rows.test and _is_fitted(ground))
     name = f"{made.spec.kind} ({made.spec.how})"
     facts["verdict"] = None if found is None else found.facts(name)
     facts["on"] = _by_owner(ground, table, combined, judge, members)
@@ -71,24 +73,37 @@ def sums_of(table: Table, who: Subject) -> Sums | None:
     return None if found is None else [(nll, float(n)) for nll, n in found.sums()]
 
 
-def _verdict(table: Table, best: str, combined: Subject, judge: Judge) -> Verdict | None:
+def _verdict(table: Table, members: Sequence[str], combined: Subject, *, chosen_here: bool) -> Verdict | None:
     """None where nothing is held out, or the combination has neither a loss nor labels."""
     if not len(table.talks):
         return None
-    ours, theirs = sums_of(table, combined), sums_of(table, member(table, best))
-    if ours is None or theirs is None:
+    ours = sums_of(table, combined)
+    theirs = {name: sums for name in members if (sums := sums_of(table, member(table, name))) is not None}
+    if ours is None or not theirs:
         return None
-    return verdict(best, theirs, ours, "error rate" if table.labels else "loss")
+    return verdict(theirs, ours, "error rate" if table.labels else "loss", chosen_here=chosen_here)
+
+
+def _is_fitted(ground: Ground) -> bool:
+    """Whether something of the combination was chosen on the talk that is watched."""
+    combine = ground.recipe.combine
+    return getattr(combine, "weights", None) == "search" or (combine is not None and combine.kind in ("gate", "boost"))
 
 
 def _expert(ground: Ground, made: Made, name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    run = ground.found.get(name)
-    fitted = made.fitted.get(name)
-    recipe = ground.trained.get(name)
+    run, recipe, fitted = ground.found.get(name), ground.trained.get(name), made.fitted.get(name)
+    own = made.apart[name].facts if name in made.apart else {}
+    apart = ground.apart.get(name)
+    run = apart if isinstance(apart, Run) else run
     return {
-        "adapter": None if recipe is None else recipe.adapter.kind,
+        "adapter": own["inputs"]["recipe"].get("adapter.kind")
+        if own
+        else None
+        if recipe is None
+        else recipe.adapter.kind,
+        "base": own["base"]["model"] if own else ground.base.source,
         "run": None if run is None else str(run.path),
-        "fit": None if fitted is None else asdict(fitted),
+        "fit": own.get("fit") if own else None if fitted is None else asdict(fitted),
         "weights_hash": made.stack.hash(name) if name in made.stack.slots else None,
         "results": dict(measured),
     }
@@ -137,19 +152,19 @@ def section_of(facts: Mapping[str, Any]) -> str:
         if combination["verdict"]:
             parts.append(combination["verdict"]["sentence"] + "\n")
         else:
-            parts.append("Whole answers were voted on: there is no loss to compare. The answers stand in samples.md.\n")
+            parts.append("There is no loss to compare: whole answers were voted on, or nothing was held out.\n")
         if combination["oracle"] is not None:
             parts.append(f"With every talk answered by its own expert the loss is {combination['oracle']:.4f}.\n")
         if combination["weights"]:
             told = ", ".join(f"{name} {weight:.3g}" for name, weight in combination["weights"].items())
             parts.append(f"Weights: {told}.\n")
     else:
-        parts.append(f"On held-out talk {facts['best']} is best; the run answers with it.\n")
+        told = f"On the talk watched while learning {facts['best']} is best" if facts["best_is_measured"] else ""
+        parts.append(f"{told or facts['best'] + ' stands first, and nothing was held out'}; the run answers with it.\n")
     shown = [metric for metric in SHOWN if any(metric in of for of in rows.values())]
-    parts.append("\n".join([f"| expert | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]))
+    parts.append("\n".join([f"| {' | '.join(['expert', *shown])} |", "|---" * (len(shown) + 1) + "|"]))
     for name, of in rows.items():
-        cells = [_cell(of.get(metric)) for metric in shown]
-        parts[-1] += f"\n| {name} | {' | '.join(cells)} |"
+        parts[-1] += f"\n| {' | '.join([name, *(_cell(of.get(metric)) for metric in shown)])} |"
     parts[-1] += "\n"
     answers = [line for name, of in rows.items() for line in _answers(name, of)]
     return "\n".join([*parts, *answers])

@@ -107,10 +107,11 @@ def _refuse_several(run: Run, facts: dict[str, Any], adapter: str, with_adapter:
     found = facts.get("combination")
     if found is None or not with_adapter or adapter in run.adapters():
         return
-    experts = ", ".join(run.adapters())
+    members = ", ".join(map(str, found.get("members") or run.adapters()))
     raise RunError(
-        f"{run.path}: several adapters answer together ({found.get('kind')} of {experts}), so there is no single model"
-        " to open. Name one of them (--adapter NAME), or chat with the run or serve it as it is."
+        f"{run.path}: several adapters answer together ({found.get('kind')} of {members}), so there is no single model"
+        f" to open. Chat with the run or serve it as it is; or name one (--adapter {', '.join(run.adapters())}); a"
+        f" member on a base of its own is a run in {run.path / 'experts'}."
     )
 
 

@@ -19,6 +19,7 @@ from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
 from toolkit.card import show_result, write_card
 from toolkit.corpus.gather import Corpus, gather
+from toolkit.corpus.known import marks
 from toolkit.corpus.manner import manner_by_role, some_of
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.errors import BaseError, MaltuError, Problem, RecipeError, RunError
@@ -253,10 +254,12 @@ def finish(
     """Say what came out, then mark the run finished, last of all, and drop what only an unfinished run needs. Its page,
     report.html, tells of a finished run and comes after.
 
-    `section`: more for the card, as Markdown.
+    found: facts for run.json; of them `learned`, marks of talk, has a file of its own. `section`: more for the card, as
+    Markdown.
     """
     named = recipe.base
     keys = {"revision", "quantize", "trust_remote_code"}
+    disk.write_json(folder.path / bundle.LEARNED_FILE, {"marks": found.pop("learned")})
     folder.update(
         base={
             "model": base.source,
@@ -285,7 +288,8 @@ def report(folder: Run, console: Console) -> None:
 
 
 def data_facts(corpus: Corpus, rows: Rows | LabelRows) -> dict[str, Any]:
-    """What was read, kept and dropped, as run.json keeps it; how long rows are, and how spoken what they say is."""
+    """What was read, kept and dropped, as run.json keeps it; how long rows are, and how spoken what they say is; and
+    `learned`, the marks of what is learned."""
     report = corpus.report
     return {
         "data": {
@@ -297,7 +301,8 @@ def data_facts(corpus: Corpus, rows: Rows | LabelRows) -> dict[str, Any]:
             "parts": {part: len(getattr(rows, part)) for part in PARTS},
             "tokens": {part: lengths for part in PARTS if (lengths := _lengths(getattr(rows, part)))},
             "spoken": _manner(corpus),
-        }
+        },
+        "learned": marks(corpus.train),
     }
 
 

@@ -1,12 +1,19 @@
 """Which label a model gives a text, computed between the steps of those who are being answered."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
+import torch
+
+from serve.engines.contract import Served
 from serve.engines.models import Model
 from serve.engines.teams import Team
 from serve.refusal import Refusal, unsupported
 from toolkit.bundle import Run
 from toolkit.combine.rows import Apart, answering
+from toolkit.combine.vote import Vote, vote_labels
 from toolkit.corpus.talk import Turn
 from toolkit.errors import BaseError, DataError, InputError, RecipeError
 from toolkit.evaluate.classify import classify
@@ -16,19 +23,43 @@ from toolkit.recipe.read import read_recipe
 TEXT = "{text}"
 
 
-def labeller(team: Team) -> Model:
-    """The one model that labels. Raises Refusal: 400 for several that answer as one."""
-    model = team.models[0]
-    if team.kind != "one" or model.spec is not None:
+VOTES = ("vote", "bag", "boost")  # kinds of runs whose members vote over labels
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Who labels: one model, or the members of a run, which vote as the run was made to. weights: of each member."""
+
+    served: Served
+    models: tuple[Model, ...]
+    weights: tuple[float, ...]
+    how: Vote
+
+    def voted(self, said: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """The probability of every label, from what each model finds of it (`label`)."""
+        if len(said) == 1:
+            return said[0]
+        labels = list(said[0])
+        logp_KRL = torch.tensor([[[math.log(max(of[name], 1e-300)) for name in labels]] for of in said]).double()
+        voted = vote_labels(logp_KRL, self.how, self.weights)
+        return dict(zip(labels, voted.probs_RL[0].tolist(), strict=True))
+
+
+def labeller(team: Team) -> Labeller:
+    """Who labels. Raises Refusal: 400 for several that answer as one, unless they are a run whose members vote over
+    labels."""
+    if team.kind == "one" and team.models[0].spec is None:
+        return Labeller(team.served, team.models, (1.0,), "soft")
+    if team.spec is None or team.spec.kind not in VOTES or team.served.task != "classify":
         raise unsupported("model", f"{team.served.name}: several answer there as one. Name the one that labels.")
-    return model
+    return Labeller(team.served, team.models, team.weights, cast("Vote", team.spec.how))
 
 
-def labels_of(model: Model, asked: Sequence[str] | None) -> tuple[str, ...]:
+def labels_of(who: Labeller, asked: Sequence[str] | None) -> tuple[str, ...]:
     """The labels to choose from. Raises Refusal: 400 where neither the request nor the run has any."""
-    labels = tuple(asked or model.loaded.labels)
+    labels = tuple(asked or who.models[0].loaded.labels)
     if not labels:
-        says = f"{model.served.name} was not taught labels. Say which there are: labels."
+        says = f"{who.served.name} was not taught labels. Say which there are: labels."
         raise Refusal(400, says, "missing_required_parameter", "labels")
     return labels
 

@@ -101,11 +101,12 @@ class RowsEngine(Engine):
     ) -> tuple[Served, list[Mapping[str, float]]]:
         """See Engine.classify. Text by text, so that answers go on in between."""
         with self._place(who) as (_, team):
-            model, found = labeller(team), []
-            words = labels_of(model, labels)
-            around = await asyncio.to_thread(wording, model.loaded.run, model.served.task)
+            who_labels, found = labeller(team), []
+            words = labels_of(who_labels, labels)
+            around = await asyncio.to_thread(wording, who_labels.models[0].loaded.run, who_labels.served.task)
             for text in texts:
-                found.append(await self._between_steps(partial(label, model, around.replace(TEXT, text), words)))
+                asked = [partial(label, model, around.replace(TEXT, text), words) for model in who_labels.models]
+                found.append(who_labels.voted([await self._between_steps(one) for one in asked]))
             return team.served, found
 
     async def change(self, add: Run | None, remove: str | None) -> None:

@@ -9,7 +9,7 @@ from serve.engines.models import Model, describe
 from serve.refusal import Refusal
 from toolkit.combine.contract import shares
 from toolkit.combine.mix import Over, may_be_negative
-from toolkit.combine.speaker import PER_TOKEN
+from toolkit.combine.speaker import PER_TOKEN, Spec
 from toolkit.errors import InputError
 
 Kind = Literal["one", "mix", "vote", "route"]
@@ -21,7 +21,7 @@ class Team:
 
     one: a single model. mix: one text, each token chosen by all of them, over log-probabilities or probabilities. vote:
     a text each, the majority's is the answer. route: not known yet; `models` is the run whose router says who it is.
-    routing: what the answer says about who answered.
+    routing: what the answer says about who answered. spec: of a run whose members they are.
     """
 
     served: Served
@@ -30,6 +30,7 @@ class Team:
     weights: tuple[float, ...] = (1.0,)
     over: Over = "logprob"
     routing: tuple[tuple[str, float], ...] = ()
+    spec: Spec | None = None
 
     @property
     def label(self) -> str:
@@ -91,7 +92,7 @@ def _combined(models: Mapping[str, Model], run: Model) -> Team:
         team = together(models, "mix", named, over)
     else:
         team = together(models, "vote", named)
-    return Team(run.served, team.kind, team.models, team.weights, team.over, team.routing)
+    return Team(run.served, team.kind, team.models, team.weights, team.over, team.routing, spec)
 
 
 def _routed(models: Mapping[str, Model]) -> Team:

@@ -1,18 +1,27 @@
 """A run of several adapters, from the recipe to a run that is chatted with, measured and exported."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.combining_world import place as _place
 from tests.combining_world import train, write_recipe
+from toolkit import judge, pipeline
 from toolkit.bundle import Run
 from toolkit.chat import Conversation
+from toolkit.combine.gate import Gate, gated
+from toolkit.combine.mix import mix_generate
 from toolkit.combine.speaker import open_speaker, speaks
+from toolkit.corpus.known import mark
 from toolkit.corpus.talk import Turn
+from toolkit.ensemble.ground import open_ground
 from toolkit.errors import RecipeError, RunError
 from toolkit.generate import Sampling, generate
 from toolkit.loaded import load_run
+from toolkit.recipe.read import read_recipe
+from toolkit.steps import Options
 
 place = _place
 GREEDY = Sampling(temperature=0.0, max_tokens=6)
@@ -35,7 +44,12 @@ def test_a_merge_is_a_run_of_one_adapter(place: Path) -> None:
     assert not speaks(run.path)
     assert facts["combination"]["weights"] == {"casual": 0.5, "polite": 0.5}
     assert set(facts["experts"]) == {"casual", "polite"}
-    assert facts["combination"]["verdict"]["sentence"].startswith("The merge (exact)")
+    verdict = facts["combination"]["verdict"]
+    assert verdict["best"] == min(
+        ("casual", "polite"), key=lambda name: facts["experts"][name]["results"]["loss"]["all"]
+    )
+    assert verdict["of_combination"] == pytest.approx(facts["results"]["after"]["loss"]["all"])
+    assert "cannot be told from so few" in verdict["sentence"] and not verdict["helps"]
     assert set(facts["combination"]["on"]) == {"casual", "polite"}
     assert set(facts["combination"]["on"]["casual"]) == {"combination", "casual", "polite"}
     assert load_run(run.path, "cpu").run.name == "여럿"
@@ -49,15 +63,16 @@ def test_a_mix_answers_as_the_mixture_does_and_no_single_model_stands_for_it(pla
     with pytest.raises(RunError, match="several adapters answer together"):
         load_run(run.path, "cpu")
     speaker, loaded = open_speaker(run.path, "cpu")
-    from toolkit.combine.mix import mix_generate
-
     prompt = loaded.renderer.prompt(ASKED)
     wanted = mix_generate(
         speaker.stack, loaded.base.tokenizer, ["casual", "polite"], [prompt], GREEDY, [0.75, 0.25], "prob"
     )
     assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
     assert chat_with(run).strip() == wanted[0].text.strip()
-    assert load_run(run.path, "cpu", "polite").model is not None
+    alone = load_run(run.path, "cpu", "polite")
+    said = generate(alone.model, loaded.base.tokenizer, [prompt], GREEDY, ends=alone.ends)[0]
+    with speaker.alone("polite") as model:
+        assert generate(model, loaded.base.tokenizer, [prompt], GREEDY, ends=alone.ends)[0].ids == said.ids
 
 
 @pytest.mark.slow
@@ -84,8 +99,11 @@ def test_an_expert_that_exists_is_taken_in_and_what_it_learned_judges_nobody(pla
     assert run.adapters() == ("casual", "old")
     learned = first.facts()["data"]["parts"]["train"]
     assert 0 < facts["data"]["parts"]["test"] <= 48 - learned
+    kept = json.loads((run.path / "learned.json").read_text(encoding="utf-8"))["marks"]
+    assert set(kept) >= set(json.loads((first.path / "learned.json").read_text(encoding="utf-8"))["marks"])
+    before = open_speaker(run.path, "cpu")[0].answer([ASKED], GREEDY)[0].ids
     (place / "runs" / "먼저").rename(place / "gone")
-    assert chat_with(run) is not None
+    assert open_speaker(run.path, "cpu")[0].answer([ASKED], GREEDY)[0].ids == before
 
 
 @pytest.mark.slow
@@ -141,7 +159,10 @@ def test_a_bag_votes_and_knows_itself_by_what_it_left_out(place: Path) -> None:
     assert run.adapters() == ("member-1", "member-2", "member-3")
     assert facts["combination"]["report"]["out of bag"]["n"] > 0
     assert facts["combination"]["verdict"]["n"] == facts["data"]["parts"]["test"]
-    assert chat_with(run) is not None
+    speaker, loaded = open_speaker(run.path, "cpu")
+    prompt = loaded.renderer.prompt(ASKED)
+    wanted = mix_generate(speaker.stack, loaded.base.tokenizer, run.adapters(), [prompt], GREEDY)
+    assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
 
 
 @pytest.mark.slow
@@ -161,7 +182,11 @@ def test_a_gate_weighs_experts_inside_the_layers(place: Path) -> None:
     facts = run.facts()
     assert (run.path / "gate" / "gate.json").is_file()
     assert facts["combination"]["report"]["load"]
-    assert chat_with(run) is not None
+    speaker, loaded = open_speaker(run.path, "cpu")
+    prompt = loaded.renderer.prompt(ASKED)
+    with gated(speaker.stack, Gate.load(run.path / "gate")) as model:
+        wanted = generate(model, loaded.base.tokenizer, [prompt], GREEDY, ends=loaded.ends)
+    assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
 
 
 @pytest.mark.slow
@@ -176,7 +201,14 @@ def test_bases_vote_together(place: Path) -> None:
     assert run.facts()["combination"]["members"] == ["tuned", "fresh"]
     speaker, _ = open_speaker(run.path, "cpu")
     assert speaker.is_whole
-    assert speaker.answer([ASKED], GREEDY)[0].text is not None
+    own = speaker.apart["fresh"]
+    said = [generate(own.model, own.base.tokenizer, [own.renderer.prompt(ASKED)], GREEDY, ends=own.ends)[0].text]
+    with speaker.alone("tuned") as model:
+        prompt = speaker.renderer.prompt(ASKED)
+        said.append(generate(model, speaker.base.tokenizer, [prompt], GREEDY)[0].text)
+    assert speaker.answer([ASKED], GREEDY)[0].text in said
+    assert run.facts()["experts"]["fresh"]["fit"]["steps"] == 8
+    assert judge.evaluate(argparse.Namespace(run=run.path, data=["labels.jsonl"], device="cpu")) == 0
 
 
 @pytest.mark.slow
@@ -193,3 +225,40 @@ def test_a_route_sends_a_talk_to_the_voice_that_fits_it(place: Path) -> None:
         wanted = generate(model, loaded.base.tokenizer, [loaded.renderer.prompt(ASKED)], GREEDY, ends=loaded.ends)
     assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
     assert chat_with(run).strip() == wanted[0].text.strip()
+
+
+@pytest.mark.slow
+def test_what_a_run_learned_under_a_system_turn_judges_no_combination_of_it(place: Path) -> None:
+    """Nor when it learned it as an expert of a combination."""
+    alone = write_recipe(place, "", name="먼저")
+    told = alone.read_text(encoding="utf-8").replace("data: {", "data: {system: 친구처럼, train: [casual.jsonl], ")
+    alone.write_text(told.split("experts:")[0], encoding="utf-8")
+    recipe = read_recipe(alone)
+    assert pipeline.run(recipe, Options(place / "runs", quiet=True)) == 0
+    learned = set(json.loads((place / "runs" / "먼저" / "learned.json").read_text(encoding="utf-8"))["marks"])
+    experts = "{polite: {data: {train: [polite.jsonl]}}, old: {run: runs/먼저}}"
+    ground = open_ground(read_recipe(write_recipe(place, "{kind: mix}", experts, name="둘째")))
+    held = {mark(talk) for part in (ground.corpus.valid, ground.corpus.test) for talk in part}
+    assert held and learned and not held & learned
+
+
+@pytest.mark.slow
+def test_an_existing_adapter_that_does_not_fit_is_told_before_anybody_is_trained(place: Path) -> None:
+    """A prefix under a gate; a run that does not say what it learned."""
+    prefix = "{casual: {adapter: {kind: prefix, tokens: 4}, data: {train: [casual.jsonl]}}}"
+    first = train(place, write_recipe(place, "", prefix, name="먼저"))
+    both = "{polite: {data: {train: [polite.jsonl]}}, old: {run: runs/먼저}}"
+    path = write_recipe(place, "{kind: gate}", both, name="둘째")
+    with pytest.raises(RecipeError, match="a gate weighs lora and reft"):
+        train(place, path)
+    assert not (place / "runs" / "둘째" / "adapters").exists()
+    (first.path / "learned.json").unlink()
+    with pytest.raises(RecipeError, match="does not say what it learned"):
+        train(place, path)
+
+
+def test_torchrun_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes would train into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="not started by torchrun"):
+        train(place, write_recipe(place, "{kind: mix}"))

@@ -1,5 +1,6 @@
 """Rounds in turn: weights of rows and of rounds by hand, and whole boosts on a tiny base."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -223,8 +224,29 @@ def test_it_stops_when_rounds_do_not_help(tmp_path: Path, monkeypatch: pytest.Mo
 def test_rounds_no_better_than_guessing_leave_one_that_answers(tmp_path: Path) -> None:
     it = Boosting(tmp_path, is_labelled=True, learning_rate=1e-12, max_steps=1)
     boosted = it(most=5)
-    assert boosted is not None and boosted.stopped == "a round was no better than guessing"
+    assert boosted is not None and boosted.stopped == "no better than guessing"
     assert "round-1" in boosted.weights and math.fsum(boosted.weights.values()) == pytest.approx(1.0)
+
+
+def test_a_first_round_no_better_than_guessing_is_told_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def guess(said: Any, gold_C: Any, start_C: Any) -> Any:
+        return start_C / start_C.sum(), [], [0.7]
+
+    monkeypatch.setattr("toolkit.ensemble.boost.samme", guess)
+    it = Boosting(tmp_path, is_labelled=True, max_steps=1)
+    boosted = it()
+    assert boosted is not None and boosted.weights == {"round-1": 1.0} and it.bench.run.adapters() == ("round-1",)
+    told = json.loads(json.dumps(boosted.facts(), allow_nan=False))
+    assert told["stopped"] == "no better than guessing" and told["rounds"][0]["held-out loss"] is None
+    assert len(it.trained) == 1 and "no better than guessing" in it.said[-1]
+
+
+def test_a_held_out_label_that_nobody_learns_is_told_before_training(tmp_path: Path) -> None:
+    it = Boosting(tmp_path, is_labelled=True)
+    it.labels = LABELS[:-1]
+    with pytest.raises(DataError, match=f"{LABELS[-1]}: not among the labels learned"):
+        it()
+    assert not it.trained
 
 
 def test_without_held_out_talk_it_is_refused(tmp_path: Path) -> None:

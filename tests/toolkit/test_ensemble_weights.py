@@ -155,6 +155,12 @@ def test_weights_of_a_vote_over_labels(table: Table, how: str) -> None:
     assert report["loss"] <= report["of_equal"] + 1e-9
 
 
+def test_a_label_that_the_members_did_not_learn_is_told(table: Table) -> None:
+    gold = [*gold_labels(table.talks)[:-1], "처음"]
+    with pytest.raises(DataError, match="처음: not among the labels learned"):
+        fit_label_weights(table, ("하나", "셋"), gold, "soft")
+
+
 def test_weights_of_a_merge_begin_with_equal_ones_and_leave_the_stack_as_it_was(table: Table) -> None:
     names = ("하나", "둘", "셋")
     adapters = {name: table.stack.adapter(name) for name in names}

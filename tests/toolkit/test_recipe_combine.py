@@ -187,6 +187,16 @@ def test_check_tells_what_each_expert_is_and_how_they_are_combined(tmp_path: Pat
 def test_check_tells_how_the_members_of_a_bag_answer(tmp_path: Path) -> None:
     of_text = shown(read(tmp_path, "combine: {kind: bag, members: 3}\n"))
     of_labels = shown(read(tmp_path, LABELS + "combine: {kind: bag, members: 3}\n", AS_LABELS))
+    of_seeds = shown(read(tmp_path, "combine: {kind: bag, bootstrap: false, vote: hard}\n"))
     assert "3 members, each as the run above" in of_text and "experts" not in of_text
+    assert "each on conversations drawn with replacement" in of_text and "K times one adapter's steps" in of_text
+    assert "differ by their seeds alone" in of_seeds and "the answer that most give wins" in of_seeds
     assert "At every token the members' probabilities are averaged" in of_text
     assert "The members' probabilities of each label are averaged" in of_labels
+
+
+def test_check_tells_of_a_boost_what_it_does_for_its_task(tmp_path: Path) -> None:
+    of_text = shown(read(tmp_path, "combine: {kind: boost}\n"))
+    of_labels = shown(read(tmp_path, LABELS + "combine: {kind: boost}\n", AS_LABELS))
+    assert "a mixture over tokens grows" in of_text and "For labels" not in of_text
+    assert "For labels: each round learns" in of_labels and "mixture over tokens" not in of_labels

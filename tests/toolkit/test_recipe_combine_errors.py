@@ -108,6 +108,14 @@ def test_a_combination_of_another_form_is_told_once(problems: Problems, combine:
             "train.keep: checkpoints of single steps are kept of one adapter alone",
         ),
         ("adapter: {kind: full}\ncombine: {kind: bag}", "adapter.kind: every member of a bag would be a whole model"),
+        (
+            "adapter: {dora: true}\ncombine: {kind: bag}",
+            "adapter.dora: members of a bag stand side by side on one base, and lora with DoRA cannot. Choose lora",
+        ),
+        (
+            "adapter: {kind: ia3}\ncombine: {kind: boost}",
+            "adapter.kind: members of a boost stand side by side on one base, and ia3 cannot. Choose lora",
+        ),
         ("merge_method: ties", "merge_method: here it is combine.method"),
         ("members: 3", "members: stands in the wrong section. Write combine.members"),
         ("density: 0.5", "density: stands in the wrong section. Write combine.density"),
@@ -210,7 +218,7 @@ def test_what_a_combination_cannot_mean_is_told_once(problems: Problems, combine
         (
             "{kind: merge}",
             ("{kind: ia3}", "{dora: true}"),
-            "a (ia3), b (lora with DoRA) has no sum. Choose mix or vote",
+            "a (ia3), b (lora with DoRA) has no sum. Choose lora, prefix, reft or embedding, without DoRA",
         ),
         (
             "{kind: merge}",
@@ -258,6 +266,30 @@ def test_kinds_that_a_combination_does_not_take_are_told_once(
 def test_what_is_judged_on_held_out_talk_needs_some(problems: Problems, combine: str, experts: str, why: str) -> None:
     found = told(problems, combine, experts, "data.valid=0")
     assert f"data.valid=0: 0 holds nothing out, so {why}. Write valid: 0.1" in found
+
+
+@pytest.mark.parametrize(
+    ("combine", "experts", "what"),
+    [
+        ("{kind: mix, weights: search}", TWO, "the weights were not chosen on"),
+        ("{kind: merge, weights: search}", TWO, "the weights were not chosen on"),
+        ("{kind: boost}", "", "the weights were not chosen on"),
+        ("{kind: bag}", "", "the members were not stopped on"),
+    ],
+)
+def test_what_is_chosen_on_held_out_talk_is_judged_on_other(
+    problems: Problems, combine: str, experts: str, what: str
+) -> None:
+    found = told(problems, combine, experts, "data.test=0")
+    assert f"data.test=0: 0 holds nothing out, so nothing is left to judge by that {what}. Give it a share" in found
+
+
+@pytest.mark.parametrize("combine", ["{kind: route}", "{kind: mix}", "{kind: merge}", "{kind: gate}"])
+def test_a_vote_is_offered_only_where_it_helps(problems: Problems, combine: str) -> None:
+    experts = "experts: {a: {adapter: {dora: true}}, b: {}}\n"
+    assert "vote" not in told(problems, combine, experts)
+    found = problems(f"{LABELS}{experts}combine: {combine}\n", AS_LABELS, "evaluate.prompts=null")
+    assert len(found) == 1 and "without DoRA, or combine by vote" in found[0], found
 
 
 def test_members_on_several_bases_vote_over_labels(problems: Problems) -> None:

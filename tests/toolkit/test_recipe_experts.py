@@ -15,6 +15,7 @@ from toolkit.recipe.show import schema, to_yaml
 
 HEAD = "name: 모두\nbase: {model: spoken-mini}\n"
 CASUAL, POLITE, PROBES = "maltu:talk/casual.ko.jsonl", "maltu:talk/polite.ko.jsonl", "maltu:probes.jsonl"
+FORM = "{kind: labels, text: messages, label: expert}"
 OWN = (
     f"experts:\n  casual: {{data: {{train: ['{CASUAL}']}}}}\n"
     f"  polite: {{data: {{train: [{{path: '{POLITE}', weight: 2}}, '{CASUAL}']}}}}\n"
@@ -63,6 +64,21 @@ def test_a_recipe_of_runs_alone_keeps_its_talk(tmp_path: Path) -> None:
     assert union(recipe) == recipe and expert_recipes(recipe) == {"a": "runs/a", "b": "runs/b"}
 
 
+def test_a_recipe_of_runs_alone_has_their_talk_where_it_names_none(tmp_path: Path) -> None:
+    for name, files in (("a", f"['{CASUAL}', ./gone.jsonl]"), ("b", f"[{{path: '{POLITE}', weight: 2}}, '{CASUAL}']")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "recipe.yaml").write_text(f"{HEAD}data: {{train: {files}}}\n", encoding="utf-8")
+    experts = f"experts: {{a: {{run: '{tmp_path}/a'}}, b: {{run: '{tmp_path}/b'}}}}\ncombine: {{kind: merge}}\n"
+    assert read(tmp_path, experts).data.train == (CASUAL, POLITE)
+    assert read(tmp_path, f"data: {{valid: 0.2}}\n{experts}").data.valid == 0.2
+    assert read(tmp_path, shared(experts)).data.train == (PROBES,)
+    (tmp_path / "a" / "recipe.yaml").write_text("- no recipe", encoding="utf-8")
+    (tmp_path / "b" / "recipe.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"data\.train: is missing"):
+        read(tmp_path, experts)
+
+
 def test_the_talk_of_all_experts_is_the_recipe_s_own_where_each_names_its_files(tmp_path: Path) -> None:
     recipe = read(tmp_path, f"data: {{valid: 0.2}}\n{OWN}")
     assert (recipe.data.train, recipe.data.valid) == ((CASUAL, POLITE), 0.2)
@@ -96,9 +112,9 @@ def test_a_recipe_without_experts_is_its_own_union(tmp_path: Path) -> None:
     [
         OWN,
         OWN + "combine: {kind: route}\n",
-        shared(
-            "experts: {첫째: {train: {seed: 1}}, 둘째: {adapter: {kind: ia3, options: {target_modules: [q_proj]}}}}\n"
-        ),
+        f"task: classify\ndata: {{train: ['{CASUAL}'], format: {{kind: labels, text: messages, label: expert}}}}\n"
+        "experts: {첫째: {train: {seed: 1}}, 둘째: {adapter: {kind: ia3, options: {target_modules: [q_proj]}}}}\n"
+        "combine: {kind: vote}\n",
         shared(
             "experts: {a: {run: runs/a}, b: {adapter: {targets: [q_proj, v_proj], alpha: 3x}}}\ncombine: {kind: mix}\n"
         ),
@@ -112,16 +128,33 @@ def test_experts_written_out_read_as_equal_experts(tmp_path: Path, more: str) ->
 
 
 def test_a_member_of_a_vote_may_stand_on_a_base_of_its_own(tmp_path: Path) -> None:
-    form = "{kind: labels, text: messages, label: expert}"
-    labels = f"task: classify\ndata: {{train: ['{CASUAL}'], format: {form}}}\n"
+    labels = f"task: classify\ndata: {{train: ['{CASUAL}'], format: {FORM}}}\n"
     more = (
         "experts:\n  one: {}\n  new: {base: {new: {hidden: 48}}, adapter: {kind: full}, train: {packing: false}}\n"
-        "  other: {base: {model: owner/name}}\ncombine: {kind: vote}\n"
+        "  elsewhere: {base: {model: owner/name}}\ncombine: {kind: vote}\n"
     )
     recipe = read(tmp_path, labels + more)
     made = recipes(recipe)
     assert isinstance(made["new"].base, NewBase) and made["new"].base.new.hidden == 48
-    assert {name: stands_alone(recipe, one) for name, one in made.items()} == {"one": False, "new": True, "other": True}
+    assert {name: stands_alone(recipe, one) for name, one in made.items()} == {
+        "one": False,
+        "new": True,
+        "elsewhere": True,
+    }
+
+
+def test_a_member_of_a_vote_that_no_stack_holds_is_a_run_of_its_own(tmp_path: Path) -> None:
+    kinds = {
+        "dora": "{dora: true}, train: {max_length: 64, precision: fp32}", "ia3": "{kind: ia3}", "full": "{kind: full}",
+        "pissa": "{init: pissa}", "wide": "{kind: prefix, projection: true}", "plain": "{rank: 4}",
+    }  # fmt: skip
+    own = "".join(f"  {name}: {{adapter: {told}}}\n" for name, told in kinds.items())
+    labels = f"task: classify\ndata: {{train: ['{CASUAL}'], format: {FORM}}}\n"
+    recipe = read(tmp_path, f"{labels}experts:\n{own}combine: {{kind: vote}}\n")
+    made = recipes(recipe)
+    assert [name for name, one in made.items() if stands_alone(recipe, one)] == ["dora", "ia3", "full"]
+    assert made["dora"].train.max_length == 64
+    assert not any(stands_alone(recipe.model_copy(update={"combine": None}), one) for one in made.values())
 
 
 def test_an_expert_s_base_brings_nothing_of_the_other_with_it(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ Problems = Callable[..., list[str]]
         ),
         ("{train: {precision: bf16}}", "a.train.precision: cannot differ between experts: they learn side by side"),
         ("{train: {packing: true}}", "a.train.packing: cannot differ between experts: they learn side by side"),
+        ("{train: {max_length: 64}}", "a.train.max_length: cannot differ between experts: all their talk is rendered"),
+        (
+            "{adapter: {dora: true}}",
+            "a.adapter.dora: experts stand side by side on one base, and lora with DoRA cannot",
+        ),
+        ("{adapter: {kind: ia3}}", "a.adapter.kind: experts stand side by side on one base, and ia3 cannot"),
         ("{train: {micro_batch: 2}}", "a.train.micro_batch: cannot differ between experts: they learn side by side"),
         (
             "{train: {activation_checkpointing: true}}",
@@ -87,6 +93,10 @@ def test_what_an_expert_cannot_say_is_told_once_with_its_line(problems: Problems
     [
         ("main", "experts.main: 'main' is reserved: the adapter of a run with one"),
         ("base", "experts.base: 'base' is reserved: a server answers to it without any run"),
+        ("Combination", "experts.Combination: 'Combination' is reserved: what all experts together are called"),
+        ("other", "experts.other: 'other' is reserved: what tables call whoever is no expert"),
+        ("NUL", "experts.NUL: 'NUL' names a device on Windows, so no folder there can have it"),
+        ("com9", "experts.com9: 'com9' names a device on Windows"),
         ("'a:b'", "experts.a:b: a run's name is a folder and a model name, so it cannot hold :"),
         ("v1.2", "experts.v1.2: an expert's name is also part of a key, so it cannot hold a dot. Write - or _"),
         ("''", "experts.: is empty. Write something, or remove it"),

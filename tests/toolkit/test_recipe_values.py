@@ -139,6 +139,8 @@ def test_a_wrong_format_gives_one_complaint(problems: Problems, form: str, says:
     [
         ("base", "'base' is reserved"),
         ("AUTO", "'AUTO' is reserved"),
+        ("Con", "'Con' names a device on Windows"),
+        ("lpt1.old", "'lpt1.old' names a device on Windows"),
         ("a/b", "it cannot hold /"),
         ("'mix:a=1,b'", "it cannot hold , : ="),
         ("'a\\b'", "it cannot hold \\"),

@@ -22,7 +22,8 @@ class Method:
     serving: str
 
 
-FREE = "Nothing beside the members. Weights may be given, or searched: one evaluation a try."
+FREE = "Nothing beside the members. Weights may be given, or searched on held-out talk: a merge and a pass each try."
+FITTED = "Nothing beside the members. Weights may be given, or fitted on held-out talk: a pass a member, one descent."
 AS_ONE = "As one adapter"
 
 METHODS: tuple[Method, ...] = (
@@ -100,7 +101,7 @@ METHODS: tuple[Method, ...] = (
         "negative weight turns the answer away from a member (arXiv 2105.03023).",
         formula="p(t) ~ prod_k p_k(t)^w_k; sum_k w_k = 1",
         paper="Hinton, Training Products of Experts by Minimizing Contrastive Divergence, Neural Comp. 14(8), 2002",
-        training=FREE,
+        training=FITTED,
         serving="One row of the batch for each member: K rows a token, in one forward pass.",
     ),
     Method(
@@ -109,7 +110,7 @@ METHODS: tuple[Method, ...] = (
         says="At every token the members' probabilities are averaged: what one of them wants stays possible.",
         formula="p(t) = sum_k w_k p_k(t); w_k >= 0, sum_k w_k = 1",
         paper="Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts, Neural Computation 3(1), 1991",
-        training=FREE,
+        training=FITTED,
         serving="One row of the batch for each member: K rows a token, in one forward pass.",
     ),
     Method(
@@ -118,7 +119,7 @@ METHODS: tuple[Method, ...] = (
         says="Each member votes for the label that it finds likeliest; ties go to the label that stands first.",
         formula="argmax_l sum_k w_k [l = argmax_m p_k(m)]",
         paper="Dietterich, Ensemble Methods in Machine Learning, Multiple Classifier Systems, 2000",
-        training=FREE,
+        training=FITTED,
         serving="Each member scores every label: K times one adapter.",
     ),
     Method(
@@ -127,7 +128,7 @@ METHODS: tuple[Method, ...] = (
         says="The members' probabilities of each label are averaged.",
         formula="argmax_l sum_k w_k p_k(l)",
         paper="Kittler et al., On Combining Classifiers (sum rule), IEEE PAMI 20(3), 1998",
-        training=FREE,
+        training=FITTED,
         serving="Each member scores every label: K times one adapter.",
     ),
     Method(
@@ -136,7 +137,7 @@ METHODS: tuple[Method, ...] = (
         says="The members' log-probabilities of each label are averaged.",
         formula="argmax_l sum_k w_k log p_k(l)",
         paper="Kittler et al., On Combining Classifiers (product rule), IEEE PAMI 20(3), 1998",
-        training=FREE,
+        training=FITTED,
         serving="Each member scores every label: K times one adapter.",
     ),
     Method(
@@ -146,7 +147,7 @@ METHODS: tuple[Method, ...] = (
         "punctuation. Ties go to the answer that stands first.",
         formula="argmax_a sum_k w_k [a = normalised(answer_k)]",
         paper="Wang et al., Self-Consistency Improves Chain of Thought Reasoning in Language Models, arXiv 2203.11171",
-        training=FREE,
+        training=FITTED,
         serving="Each member answers: K rows a token, in one batch; nothing can be shown before all have ended.",
     ),
     Method(

@@ -38,7 +38,7 @@ from toolkit.ensemble.experts import Task, read_fitted
 from toolkit.ensemble.subjects import Table
 from toolkit.ensemble.weights import label_logp
 from toolkit.errors import DataError, Problem
-from toolkit.evaluate.classify import gold_labels
+from toolkit.evaluate.classify import gold_labels, label_places
 from toolkit.fit.fitted import Fitted
 
 # C conversations, R rows, L labels, N tokens.
@@ -82,12 +82,13 @@ class Standing:
     """Where boosting stands after some rounds.
 
     row_weights_C: of what the next one learns, sums to 1. votes: of the rounds, in order; one that is no better than
-    guessing has none. loss: held out, of their vote. facts: of the last round. is_over: nothing is left to learn.
+    guessing has none. loss: held out, of their vote, None without one. facts: of the last round. is_over: nothing is
+    left to learn.
     """
 
     row_weights_C: Numbers
     votes: tuple[float, ...] = ()
-    loss: float = math.inf
+    loss: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     is_over: bool = False
 
@@ -106,12 +107,14 @@ def boost(
     task: the first round; its name is not used. learned: of the training talk, watched: of what is held out, both over
     the stack that the rounds are put into, which in the end holds those that stay. fit: trains one task into the run
     (`fit_members`). Rounds that did not help leave no adapter.
-    Raises: DataError without held-out talk; what `fit` raises. Cost: of each round its training, and a pass over both
-    tables.
+    Raises: DataError without held-out talk, or with a label there that nobody learns; what `fit` raises. Cost: of each
+    round its training, and a pass over both tables.
     """
     if not len(watched.rows):
         says = "whether a round helps is seen on held-out talk, and there is none. Set data.valid above 0."
         raise DataError("boost", [Problem("data.valid", says)])
+    if watched.labels:
+        label_places(gold_labels(watched.talks), watched.labels)  # told before anything is trained
     course = Course(task, learned, watched, run, rounds.seed)
     measured: list[Measured] = []
     history: list[Mapping[str, Any]] = []
@@ -125,10 +128,12 @@ def boost(
         measured.append(said)
         standing = course.standing(measured)
         history.append({"round": number, **standing.facts, "held-out loss": standing.loss})
-        helps = len(standing.votes) == number and standing.loss < (best if number == 1 else best * (1 - HELPS))
-        say(f"round {number}/{rounds.most}  held-out loss {standing.loss:.4f}{'' if helps else '  no help'}")
+        loss = math.inf if standing.loss is None else standing.loss
+        helps = len(standing.votes) == number and loss < (best if number == 1 else best * (1 - HELPS))
+        shown = "no better than guessing" if standing.loss is None else f"held-out loss {loss:.4f}"
+        say(f"round {number}/{rounds.most}  {shown}{'' if helps else '  no help'}")
         if helps:
-            n_best, best = number, standing.loss
+            n_best, best = number, loss
         over = _over(standing, number, n_best, rounds.patience)
         if over:
             stopped = over
@@ -143,7 +148,7 @@ def boost(
 def _over(standing: Standing, number: int, n_best: int, patience: int) -> str:
     """Why no further round follows; "" where one does."""
     if len(standing.votes) < number:
-        return "a round was no better than guessing"
+        return "no better than guessing"
     if number - n_best >= patience:
         return f"{patience} round{'s' * (patience > 1)} in a row did not help"
     return "every row is right" if standing.is_over else ""
@@ -238,9 +243,8 @@ class Course:
         return self._of_labels(measured) if self.learned.labels else self._of_text(measured)
 
     def _of_labels(self, measured: Sequence[Measured]) -> Standing:
-        labels = list(self.learned.labels)
         gold_R, held_R = (
-            torch.tensor([labels.index(label) for label in gold_labels(table.talks)])
+            torch.tensor(label_places(gold_labels(table.talks), self.learned.labels))
             for table in (self.learned, self.watched)
         )
         said = [one["learned"][self.places] for one in measured]

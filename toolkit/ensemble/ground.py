@@ -4,7 +4,8 @@ All files of all experts are gathered together, so that nothing that one learns 
 that exists already (`run:`) brings its talk along, and what it learned in its own run is left out of the held-out part.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,13 @@ from toolkit import bundle
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
 from toolkit.corpus.gather import Corpus, gather
+from toolkit.corpus.known import mark, marks
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk
+from toolkit.disk import hash_text
 from toolkit.ensemble.experts import Task
-from toolkit.errors import DataError, Problem, RecipeError
+from toolkit.errors import AdapterError, DataError, Problem, RecipeError
+from toolkit.evaluate.classify import label_set
 from toolkit.fit.plan import Plan, make_plan
 from toolkit.fit.prepare import (
     Rows,
@@ -30,11 +34,12 @@ from toolkit.fit.prepare import (
     training_rows,
 )
 from toolkit.loaded import WHOLE_MODEL
-from toolkit.recipe.combine import Vote
+from toolkit.recipe.combine import Gate, Merge, Route, Vote
 from toolkit.recipe.experts import expert_recipes, stands_alone, union
 from toolkit.recipe.model import Recipe
 from toolkit.recipe.read import read_recipe
 from toolkit.shipped import resolve
+from toolkit.stack.adapter import read_adapter
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -45,7 +50,8 @@ class Ground:
 
     shared: the run's recipe with the files of all of them. trained: learns here, on the shared base. found: has been
     trained before, in that run. apart: members of a vote on bases of their own, or whole models: runs of their own, to
-    be trained (a recipe) or there (a run). rows: rendered, in the order of `corpus`.
+    be trained (a recipe) or there (a run). known: marks of talk that was learned outside this run. rows: rendered, in
+    the order of `corpus`.
     """
 
     recipe: Recipe
@@ -54,6 +60,7 @@ class Ground:
     found: Mapping[str, Run]
     apart: Mapping[str, Recipe | Run]
     files: Mapping[str, tuple[str, ...]]
+    known: frozenset[str]
     corpus: Corpus
     base: LoadedBase
     renderer: Renderer
@@ -152,17 +159,20 @@ def open_ground(recipe: Recipe) -> Ground:
     apart: dict[str, Recipe | Run] = {name: one for name, one in named.items() if stands_alone(recipe, one)}
     trained = {name: one for name, one in named.items() if name not in apart}
     corpus = gather(shared.data, shared.train.seed, None)
-    elsewhere = [_recipe_of(run) for run in found.values()] + [named[name] for name in apart]
-    if elsewhere:
-        corpus = _without(corpus, [talk for one in elsewhere for talk in _learned_by(one)])
+    known = frozenset(one for run in found.values() for one in _learned_in(recipe, run))
+    known |= {one for name in apart for one in _learned_by(named[name])}
+    corpus = _without(corpus, known)
     base = open_base(shared, corpus)
+    renderer = make_renderer(shared, base)
     for name, run in found.items():
         if _is_apart(recipe, name, run, base):
             apart[name] = run
+        else:
+            _refuse_unfit(recipe, name, run, base, renderer)
     found = {name: run for name, run in found.items() if name not in apart}
-    renderer = make_renderer(shared, base)
+    _refuse_talk(recipe, corpus)
     rows = render_rows(shared, renderer, corpus)
-    return Ground(recipe, shared, trained, found, apart, files, corpus, base, renderer, rows)
+    return Ground(recipe, shared, trained, found, apart, files, known, corpus, base, renderer, rows)
 
 
 def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[str, Run]]:
@@ -175,7 +185,10 @@ def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[
     files = {
         name: one.data.train_files if isinstance(one, Recipe) else _files_of(found[name]) for name, one in named.items()
     }
-    own = tuple(dict.fromkeys(file for of in files.values() for file in of)) or recipe.data.train_files
+    every = [file for of in files.values() for file in of]
+    if not any(isinstance(one, Recipe) for one in named.values()):
+        every += recipe.data.train_files  # nobody learns it: it judges
+    own = tuple(dict.fromkeys(every))
     shared = union(recipe)
     return shared.model_copy(update={"data": shared.data.model_copy(update={"train": own})}), files, found
 
@@ -194,31 +207,36 @@ def _recipe_of(run: Run) -> Recipe:
     return read_recipe(run.recipe_file, to_run=False)
 
 
-def _learned_by(recipe: Recipe) -> list[Talk]:
-    """What a run of its own learns, or learned, as its own split says."""
-    here = _here(recipe.data.train_files)
-    if not here:
-        return []
-    return list(gather(recipe.data.model_copy(update={"train": here}), recipe.train.seed, None).train)
+def _learned_in(recipe: Recipe, run: Run) -> list[str]:
+    """Marks of what an existing run learned. Raises: RecipeError where it does not say."""
+    file = run.path / bundle.LEARNED_FILE
+    try:
+        return [str(one) for one in json.loads(file.read_text(encoding="utf-8"))["marks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        says = f"{run.path} does not say what it learned ({file.name} is missing or damaged), so it might be judged by"
+        says += " its own lessons. Train it again, or copy the whole run folder."
+        raise RecipeError(recipe.name, [Problem("experts", says)]) from None
 
 
-def _without(corpus: Corpus, learned: Sequence[Talk]) -> Corpus:
+def _learned_by(recipe: Recipe) -> list[str]:
+    """Marks of what a member that is a run of its own will learn: it splits its files by itself."""
+    return marks(gather(recipe.data, recipe.train.seed, None).train)
+
+
+def _without(corpus: Corpus, known: Collection[str]) -> Corpus:
     """The corpus without held-out talk that an expert has learned in a run of its own."""
-    known = {_words(talk) for talk in learned}
+    if not known:
+        return corpus
     parts = {}
     for part in ("valid", "test"):
         talks: Sequence[Talk] = getattr(corpus, part)
-        stays = np.asarray([_words(talk) not in known for talk in talks], dtype=bool)
+        stays = np.asarray([mark(talk) not in known for talk in talks], dtype=bool)
         if len(talks) and not stays.any():
-            says = "all of it was learned by an expert of `run:`. Add talk that none has seen, or set data.{part}: 0."
-            raise DataError("experts", [Problem(f"data.{part}", says.replace("{part}", part))])
+            says = f"all of it was learned by an expert of `run:`. Add talk that none has seen, or set data.{part}: 0."
+            raise DataError("experts", [Problem(f"data.{part}", says)])
         parts[part] = getattr(corpus, part).select(stays)
         parts[f"entry_{part}"] = getattr(corpus, f"entry_{part}")[stays]
     return replace(corpus, **parts)
-
-
-def _words(talk: Talk) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, turn.content) for turn in talk.turns)
 
 
 def _is_apart(recipe: Recipe, name: str, run: Run, base: LoadedBase) -> bool:
@@ -235,3 +253,39 @@ def _is_apart(recipe: Recipe, name: str, run: Run, base: LoadedBase) -> bool:
         says += " Only combine: {kind: vote} joins different bases."
         raise RecipeError(recipe.name, [Problem(f"experts.{name}.run", says)])
     return True
+
+
+def _refuse_unfit(recipe: Recipe, name: str, run: Run, base: LoadedBase, renderer: Renderer) -> None:
+    """Raise RecipeError for an existing adapter that the combination cannot take, before anybody is trained."""
+    facts, problems = run.facts(), []
+    try:
+        kind = read_adapter(run.adapter(), base.model, base_hash=base.hash).kind
+    except AdapterError as unfit:
+        raise RecipeError(recipe.name, [Problem(f"experts.{name}.run", str(unfit))]) from unfit
+    if facts.get("task") != recipe.task:
+        problems.append(f"{run.path} was trained for task {facts.get('task')}, and this is {recipe.task}.")
+    if facts.get("template") != hash_text(renderer.template):
+        problems.append(f"{run.path} was trained with another chat template. Train it again on this base.")
+    if isinstance(recipe.combine, Gate) and kind not in ("lora", "reft"):
+        problems.append(f"{run.path} is of kind {kind}; a gate weighs lora and reft. Mix or route it instead.")
+    if isinstance(recipe.combine, Merge):
+        others = {one.adapter.kind for one in expert_recipes(recipe).values() if isinstance(one, Recipe)}
+        if others - {kind}:
+            says = f"{run.path} is of kind {kind}, the others of {', '.join(sorted(others))}; a merge needs one kind."
+            problems.append(f"{says} Mix or route them instead.")
+    if problems:
+        raise RecipeError(recipe.name, [Problem(f"experts.{name}.run", says) for says in problems])
+
+
+def _refuse_talk(recipe: Recipe, corpus: Corpus) -> None:
+    """Raise DataError for talk that the combination can do nothing with: told before anybody is trained."""
+    if isinstance(recipe.combine, Route) and any(talk.turns[-1].role == "text" for talk in corpus.train[:1]):
+        says = "running text has no user whose words a router could read. Give dialogues, or mix the experts."
+        raise DataError(recipe.name, [Problem("combine.kind", says)])
+    if recipe.task == "classify":
+        known = set(label_set(list(corpus.train)))
+        for part in ("valid", "test"):
+            unknown = sorted({talk.label or "" for talk in getattr(corpus, part)} - known)
+            if unknown:
+                says = f"{', '.join(unknown)}: held out, and not among the labels learned ({', '.join(sorted(known))})."
+                raise DataError(recipe.name, [Problem(f"data.{part}", f"{says} Put rows with them in data.train.")])

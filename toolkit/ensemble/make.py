@@ -1,5 +1,6 @@
 """From trained experts to a combination: merged, weighed, routed or gated as the recipe says."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,8 +61,8 @@ class Made:
     apart: Mapping[str, LoadedRun | LoadedLabeller] = field(default_factory=dict)
 
     def total(self) -> Fitted:
-        """The training of all members as one."""
-        of = list(self.fitted.values())
+        """The training of all members as one, those that are runs inside this one among them."""
+        of = [*self.fitted.values(), *(Fitted(**one.facts["fit"]) for one in self.apart.values())]
         return Fitted(
             "done",
             sum(one.steps for one in of),
@@ -211,7 +212,7 @@ def _merge(
     target = shop.folder.adapter(MAIN)
     disk.make_folder(target.parent)
     disk.write_folder(target, lambda folder: stack.save(MAIN, folder, base=shop.ground.base.source))
-    report |= {"error": made.error, "told": list(made.told)}
+    report |= {"error": made.error if math.isfinite(made.error) else None, "told": list(made.told)}
     return Spec("merge", asked.method, tuple(adapters), dict(made.weights)), report, None
 
 

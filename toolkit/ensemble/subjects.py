@@ -139,17 +139,24 @@ def member(table: Table, name: str) -> Subject:
     return OnItsOwn(table, name) if name in table.apart else OneMember(table, name)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Combined:
-    """The combination of a speaker: a mix, a gate, a route or a vote. See evaluate.subject.Subject."""
+    """The combination of a speaker: a mix, a gate, a route or a vote. Asked twice, it reads once. See
+    evaluate.subject.Subject; rows and talks are those of the table."""
 
     table: Table
     speaker: Speaker
+    _held: HeldOut | None = None
 
     def held_out(self, rows: Sequence[Rendered], langs: Sequence[str | None]) -> HeldOut | None:
         """See Subject. A vote over whole answers, or over labels, has no loss."""
         if self._votes_on_labels or self.speaker.is_whole:
             return None
+        if self._held is None:
+            self._held = self._measured(rows, langs)
+        return self._held
+
+    def _measured(self, rows: Sequence[Rendered], langs: Sequence[str | None]) -> HeldOut | None:
         if self.speaker.spec.kind == "route":
             return self.table.held_out(routed(self.table, self.speaker), langs)
         with self.speaker.opened() as model:
@@ -169,9 +176,16 @@ class Combined:
             return vote(self.table, self.speaker.spec.members, self.speaker.spec.how, self.speaker.spec.weights)
         if self.speaker.spec.kind == "route":
             choices = self.speaker.pick([talk.turns[:-1] for talk in talks])
-            return [self.table.labelled(choice.expert)[place] for place, choice in enumerate(choices)]
+            return [self._of_one(place, choice) for place, choice in enumerate(choices)]
         with self.speaker.opened() as model:
             return _as_one(self.table, model).labelled(talks, labels)
+
+    def _of_one(self, place: int, choice: Choice) -> dict[str, float]:
+        """The labels of one talk by whom the router chose: one expert's are in the table, several answer together."""
+        if sum(weight > 0 for weight in choice.weights.values()) < 2:
+            return self.table.labelled(choice.expert)[place]
+        with self.speaker.opened(choice) as model:
+            return _as_one(self.table, model).labelled([self.table.talks[place]], self.table.labels)[0]
 
     def bits(self, pairs: Sequence[Pair], *, as_answer: bool) -> dict[str, PairBits] | None:
         """See Subject. Where there is no one model to ask: none."""
@@ -235,10 +249,8 @@ def routed(table: Table, speaker: Speaker) -> Values:
     """Log-likelihoods of every row under the experts that the router chose, answer by answer."""
     values: Values = []
     for place, choices in enumerate(routes_of(table, speaker)):
-        row = table.rows[place]
         own = [_one_answer(table, speaker, place, choice, number) for number, choice in enumerate(choices)]
-        turn = turns_of(row)
-        values.append([own[number][at - turn.index(number)] for at, number in enumerate(turn)])
+        values.append([value for of_answer in own for value in of_answer])
     return values
 
 

@@ -24,6 +24,7 @@ from toolkit.combine.rows import Apart, Together, answering
 from toolkit.combine.vote import first_best
 from toolkit.ensemble.subjects import Table
 from toolkit.errors import DataError, Problem
+from toolkit.evaluate.classify import label_places
 from toolkit.fit.batches import Row
 from toolkit.score import IGNORED, supervised_log_likelihoods
 from toolkit.search.weights import Tried, search_weights
@@ -155,11 +156,11 @@ def fit_label_weights(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Weights of a vote of these members over the labels of the table's talks, and what is to be said of them.
 
-    `gold`: the label of each talk. Raises: DataError without talk.
+    `gold`: the label of each talk. Raises: DataError without talk, and for a label that the members did not learn.
     """
     _refuse_none(len(table.talks))
+    places = label_places(gold, table.labels)
     logp_KRL = torch.stack([label_logp(table.labelled(name), table.labels) for name in names])
-    places = [list(table.labels).index(label) for label in gold]
     fitted = fit_votes(names, logp_KRL, places, how)
     return dict(fitted.weights), fitted.facts()
 

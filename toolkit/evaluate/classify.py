@@ -149,13 +149,20 @@ def likeliest(probabilities: Sequence[Mapping[str, float]]) -> list[str]:
     return [max(of, key=of.__getitem__) for of in probabilities]
 
 
-def scores_of(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]], labels: Sequence[str]) -> Scores:
-    """Compare probabilities with gold labels. Raises: DataError for gold labels that were not to choose from."""
+def label_places(gold: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """Where each gold label stands in `labels`. Raises: DataError for those that were not to choose from."""
     unknown = sorted(set(gold) - set(labels))
     if unknown:
         known = ", ".join(labels)
         says = f"{', '.join(unknown)}: not among the labels learned ({known}). Put rows with them in data.train."
         raise DataError("labels", [Problem("", says)])
+    place = {label: at for at, label in enumerate(labels)}
+    return [place[label] for label in gold]
+
+
+def scores_of(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]], labels: Sequence[str]) -> Scores:
+    """Compare probabilities with gold labels. Raises: DataError for gold labels that were not to choose from."""
+    label_places(gold, labels)
     said = likeliest(probabilities)
     return Scores(
         n=len(gold),

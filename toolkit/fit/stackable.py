@@ -1,13 +1,12 @@
 """Which recipes' adapters learn side by side in a stack, and what the others are called."""
 
+from toolkit.recipe.experts import is_stacked
 from toolkit.recipe.model import Lora, Prefix, Recipe
-from toolkit.stack.adapter import KINDS
 
 
 def holds(recipe: Recipe) -> bool:
     """Whether a stack can train this recipe's adapter beside others."""
-    is_plain = recipe.adapter.kind in KINDS and not _extras(recipe)
-    return is_plain and recipe.train.activation_checkpointing is not True
+    return is_stacked(recipe) and not _extras(recipe) and recipe.train.activation_checkpointing is not True
 
 
 def name_of(recipe: Recipe) -> str:

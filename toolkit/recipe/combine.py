@@ -170,7 +170,11 @@ Combine = Annotated[
 
 
 def how_of(combine: Combine) -> str:
-    """Which of its kind's methods a combination is: the word that toolkit/combine/methods.py describes it by."""
+    """Which way of its kind a combination is: for most kinds the name of a method in toolkit/combine/methods.py.
+
+    For a bag it is how its members vote (methods describes it by how they come about), and a vote over answers is
+    `hard`, there `majority`. A boost is `samme`, which is for labels; over text it is `likelihood`.
+    """
     keys = {"route": "router", "merge": "method", "mix": "over", "gate": "how", "vote": "how", "bag": "vote"}
     return str(getattr(combine, keys[combine.kind])) if combine.kind in keys else "samme"
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from toolkit.errors import Problem, RecipeError
-from toolkit.recipe.adapter import Full
+from toolkit.recipe.adapter import Lora
 from toolkit.recipe.combine import Vote
 from toolkit.recipe.explain import explain
 from toolkit.recipe.model import Recipe
@@ -14,6 +14,7 @@ from toolkit.recipe.tree import dotted
 
 SECTIONS = ("data", "adapter", "train", "base")  # that an expert may say something about
 BASES = ("model", "new")
+STACKED = ("lora", "prefix", "reft", "embedding")  # kinds that stand side by side on one base
 
 
 def expert_recipes(recipe: Recipe) -> dict[str, Recipe | str]:
@@ -62,8 +63,18 @@ def union(recipe: Recipe) -> Recipe:
 
 
 def stands_alone(recipe: Recipe, expert: Recipe) -> bool:
-    """Whether a member of a vote is a run of its own: on another base than the others, or a whole model."""
-    return isinstance(recipe.combine, Vote) and (expert.base != recipe.base or isinstance(expert.adapter, Full))
+    """Whether a member of a vote is a run of its own: on another base than the others, or what no stack holds."""
+    return isinstance(recipe.combine, Vote) and (expert.base != recipe.base or not is_stacked(expert))
+
+
+def is_stacked(expert: Recipe) -> bool:
+    """Whether the adapter that is learned stands beside others on one base.
+
+    How it learns is another question (fit/stackable.py): a PiSSA start, a projection and checkpointing want a base to
+    themselves, and leave a plain adapter.
+    """
+    dora = isinstance(expert.adapter, Lora) and expert.adapter.dora
+    return expert.adapter.kind in STACKED and not dora
 
 
 def trained(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -23,6 +23,12 @@ __all__ = [
 ]  # fmt: skip
 
 RESERVED_NAMES = frozenset({"base", "auto"})
+NOT_FOR_EXPERTS = {
+    "main": "the adapter of a run with one",
+    "combination": "what all experts together are called",
+    "other": "what tables call whoever is no expert",
+}
+DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))})
 REFUSED_SIGNS = ':/\\=,<>|"?*'
 
 
@@ -33,6 +39,8 @@ def _nfc(value: object) -> object:
 def _is_run_name(name: str) -> str:
     if name.lower() in RESERVED_NAMES:
         raise ValueError(f"'{name}' is reserved: a server answers to it without any run. Choose another name")
+    if name.split(".")[0].rstrip().lower() in DEVICES:  # with whatever ending
+        raise ValueError(f"'{name}' names a device on Windows, so no folder there can have it. Choose another name")
     found = sorted({sign for sign in name if sign in REFUSED_SIGNS or not sign.isprintable()})
     if found:
         signs = " ".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in found)
@@ -59,8 +67,9 @@ def _has_place_for_text(template: str) -> str:
 
 
 def _is_expert_name(name: str) -> str:
-    if name.lower() == "main":
-        raise ValueError("'main' is reserved: the adapter of a run with one. Choose another name")
+    taken = NOT_FOR_EXPERTS.get(name.lower())
+    if taken is not None:
+        raise ValueError(f"'{name}' is reserved: {taken}. Choose another name")
     if "." in name:
         raise ValueError("an expert's name is also part of a key, so it cannot hold a dot. Write - or _")
     return name

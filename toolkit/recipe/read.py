@@ -1,6 +1,7 @@
 """A recipe file in, a Recipe out; or one RecipeError with everything that is wrong, each with its line and remedy."""
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from toolkit.shipped import resolve
 
 MOST_PROBLEMS = 50
 MOST_PASSES = 4
+RECIPE_FILE = "recipe.yaml"  # of a run
 SECTIONS: tuple[Key, ...] = (
     ("base",),
     ("data",),
@@ -110,16 +112,38 @@ def _leave_out_empty_sections(values: dict[str, Any]) -> None:
 
 
 def _take_talk_of_experts(values: dict[str, Any]) -> None:
-    """Without data.train, where every expert that is trained names its own files, all of them are the recipe's."""
+    """Without data.train, where every expert that is trained names its own files, all of them are the recipe's; where
+    all are runs that exist, those files that they learned from and that are here."""
     experts, data = values.get("experts"), values.get("data", {})
     if not isinstance(experts, dict) or not isinstance(data, dict) or "train" in data:
         return
     own = [one for one in experts.values() if not (isinstance(one, dict) and "run" in one)]
+    if experts and not own:
+        learned = [name for one in experts.values() for name in _learned_by(one["run"])]
+        values["data"] = {**data, **({"train": [*dict.fromkeys(learned)]} if learned else {})}
     if own and all(isinstance(one, dict) and names_files(one) for one in own):
         lists = [one["data"]["train"] for one in own if isinstance(one["data"]["train"], list)]
         names = [file.get("path") if isinstance(file, dict) else file for files in lists for file in files]
         sound = dict.fromkeys(name for name in names if isinstance(name, str) and name)
         values["data"] = {**data, "train": [*sound] or ["unnamed.jsonl"]}  # none is sound: each is complained about
+
+
+def _learned_by(run: object) -> list[str]:
+    """The files of data.train in a run's recipe that are here; of a run that is none, or cannot be read, none."""
+    source = os.path.join(os.path.expanduser(run if isinstance(run, str) else ""), RECIPE_FILE)
+    if not isinstance(run, str) or not os.path.isfile(source):
+        return []
+    try:
+        values: Any = parse(read_text(Path(source), source), source).values
+    except RecipeError:
+        return []  # told of the run when it is opened
+    data = values.get("data")
+    files = data.get("train") if isinstance(data, dict) else None
+    listed = files if isinstance(files, list) else []
+    named = [file.get("path") if isinstance(file, dict) else file for file in listed]
+    return [
+        name for name in named if isinstance(name, str) and (name.startswith("hub:") or os.path.isfile(resolve(name)))
+    ]
 
 
 def _whole(key: Key) -> Key:

@@ -19,11 +19,11 @@ from toolkit.recipe.combine import (
     Vote,
     set_by_hand,
 )
-from toolkit.recipe.experts import stands_alone
+from toolkit.recipe.experts import is_stacked, stands_alone
 from toolkit.recipe.model import NewBase, Recipe
 from toolkit.recipe.nearest import did_you_mean, nearest
 from toolkit.recipe.sense import Clash
-from toolkit.recipe.sense_experts import is_stacked, sound
+from toolkit.recipe.sense_experts import called, instead, sound
 
 INSTEAD = "Choose mix or vote, which need nothing of their weights"
 
@@ -75,10 +75,15 @@ def _members(recipe: Recipe, combine: Combine) -> Iterator[Clash]:
 
 
 def _held_out(recipe: Recipe, combine: Combine) -> Iterator[Clash]:
+    weights = getattr(combine, "weights", None)
+    if recipe.data.test == 0 and (combine.kind in MAKES_MEMBERS or weights == "search"):
+        chosen = "the members were not stopped on" if isinstance(combine, Bag) else "the weights were not chosen on"
+        says = f"0 holds nothing out, so nothing is left to judge by that {chosen}. Give it a share, as in test: 0.1"
+        yield Clash("data.test", says, ("combine",))
     if recipe.data.valid != 0:
         return
     why = "boost cannot tell when another round no longer helps" if isinstance(combine, Boost) else ""
-    if getattr(combine, "weights", None) == "search":
+    if weights == "search":
         why = "weights have nothing to be searched by"
     if why:
         yield Clash("data.valid", f"0 holds nothing out, so {why}. Write valid: 0.1", ("combine",))
@@ -97,7 +102,7 @@ def _route(recipe: Recipe, combine: Route, members: Mapping[str, Recipe]) -> Ite
     if combine.router != "embedding" and combine.encoder is not None:
         says = f"is read by router: embedding alone, and this one is {combine.router}. Remove it"
         yield Clash("combine.encoder", says, ("combine.router",))
-    yield from _in_one_stack(combine, members)
+    yield from _in_one_stack(recipe, combine, members)
 
 
 def _merge(recipe: Recipe, combine: Merge, members: Mapping[str, Recipe]) -> Iterator[Clash]:
@@ -115,8 +120,9 @@ def _merge(recipe: Recipe, combine: Merge, members: Mapping[str, Recipe]) -> Ite
     unfit = [name for name, kind in kinds.items() if kind not in MERGES or not is_stacked(members[name])]
     needs = ("experts", "adapter", "combine.kind")
     if unfit:
+        remedy = INSTEAD if all(is_stacked(members[name]) for name in unfit) else instead(recipe)
         listed = _listed(members, unfit)
-        yield Clash("combine.kind", f"a merge adds up lora adapters, and {listed} has no sum. {INSTEAD}", needs)
+        yield Clash("combine.kind", f"a merge adds up lora adapters, and {listed} has no sum. {remedy}", needs)
     elif len(set(kinds.values())) > 1:
         listed = _listed(members, kinds)
         yield Clash("combine.kind", f"adapters of different kinds have no sum ({listed}). {INSTEAD}", needs)
@@ -132,15 +138,15 @@ def _merge(recipe: Recipe, combine: Merge, members: Mapping[str, Recipe]) -> Ite
 
 
 def _mix(recipe: Recipe, combine: Mix, members: Mapping[str, Recipe]) -> Iterator[Clash]:
-    del recipe
-    yield from _in_one_stack(combine, members)
+    yield from _in_one_stack(recipe, combine, members)
 
 
 def _gate(recipe: Recipe, combine: Gate, members: Mapping[str, Recipe]) -> Iterator[Clash]:
     yield from _top_k(tuple(recipe.experts or {}), combine.top_k)
     unfit = [name for name, one in members.items() if one.adapter.kind not in ("lora", "reft") or not is_stacked(one)]
     if unfit:
-        says = f"a gate weighs lora and reft adapters, and {_listed(members, unfit)} is neither. Choose route or mix"
+        remedy = "Choose route or mix" if all(is_stacked(members[name]) for name in unfit) else instead(recipe)
+        says = f"a gate weighs lora and reft adapters, and {_listed(members, unfit)} is neither. {remedy}"
         yield Clash("combine.kind", says, ("experts", "adapter"))
     others = [name for name, one in members.items() if one.adapter.kind == "reft"]
     if combine.how == "arrow" and others and not unfit:
@@ -165,7 +171,8 @@ def _vote(recipe: Recipe, combine: Vote, members: Mapping[str, Recipe]) -> Itera
     apart = [name for name, one in members.items() if stands_alone(recipe, one)]
     if apart:
         says = (
-            f"{', '.join(apart)}: members on bases of their own vote over labels, under task: classify. Name one base"
+            f"{', '.join(apart)}: members on bases of their own vote over labels, under task: classify. Name one base, "
+            "and kinds that share it (lora without DoRA, prefix, reft, embedding)"
         )
         yield Clash("combine.kind", says, ("task", "experts"))
 
@@ -175,6 +182,10 @@ def _made(recipe: Recipe, combine: Bag | Boost, members: Mapping[str, Recipe]) -
     if isinstance(recipe.adapter, Full):
         says = f"every member of a {combine.kind} would be a whole model. Choose another kind, as in lora"
         yield Clash("adapter.kind", says, ("combine.kind",))
+    elif not is_stacked(recipe):
+        says = f"members of a {combine.kind} stand side by side on one base, and {called(recipe)} cannot"
+        at = "adapter.dora" if recipe.adapter.kind == "lora" else "adapter.kind"
+        yield Clash(at, f"{says}. {instead(recipe)}", ("combine.kind", "adapter.kind"))
 
 
 def _top_k(names: Sequence[str], top_k: int | None) -> Iterator[Clash]:
@@ -182,22 +193,18 @@ def _top_k(names: Sequence[str], top_k: int | None) -> Iterator[Clash]:
         yield Clash("combine.top_k", f"{top_k} of {len(names)} experts. Write at most {len(names)}", ("experts",))
 
 
-def _in_one_stack(combine: Combine, members: Mapping[str, Recipe]) -> Iterator[Clash]:
+def _in_one_stack(recipe: Recipe, combine: Combine, members: Mapping[str, Recipe]) -> Iterator[Clash]:
     unfit = [name for name, one in members.items() if not is_stacked(one) and not isinstance(one.adapter, Full)]
     if unfit:
         says = (
             f"experts of {type(combine).called} stand side by side on one base, and {_listed(members, unfit)} cannot. "
-            "Choose lora, prefix, reft or embedding, or combine by vote"
+            f"{instead(recipe)}"
         )
         yield Clash("combine.kind", says, ("experts", "adapter"))
 
 
 def _listed(members: Mapping[str, Recipe], names: Sequence[str] | Mapping[str, str]) -> str:
-    said = {}
-    for name in names:
-        kind = members[name].adapter.kind
-        said[name] = f"{name} ({kind}{' with DoRA' if kind == 'lora' and not is_stacked(members[name]) else ''})"
-    return ", ".join(said.values())
+    return ", ".join(f"{name} ({called(members[name])})" for name in names)
 
 
 def _weights(names: Sequence[str], combine: Merge | Mix | Vote, weights: Mapping[str, float]) -> Iterator[Clash]:

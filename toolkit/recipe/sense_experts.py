@@ -5,18 +5,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.recipe.adapter import Full, Lora
+from toolkit.recipe.adapter import Full
 from toolkit.recipe.combine import Vote
-from toolkit.recipe.experts import SECTIONS, laid_over, names_files, stands_alone, trained
+from toolkit.recipe.experts import (
+    SECTIONS,
+    STACKED,
+    is_stacked,
+    laid_over,
+    names_files,
+    stands_alone,
+    trained,
+)
 from toolkit.recipe.explain import explain, shown
 from toolkit.recipe.model import Data, Expert, NewBase, Recipe
 from toolkit.recipe.sense import Clash, clashes
 from toolkit.recipe.tree import Key, dotted, parts_of
 from toolkit.recipe.unknown import unknown_key
 
-STACKED = ("lora", "prefix", "reft", "embedding")  # kinds that stand side by side on one base
 SPLIT_ONCE = "all their talk is read, cleaned and split once, so that none learns what another is judged by"
 ONE_PASS = "they learn side by side, in one pass through the base"
+ONE_RENDERING = "all their talk is rendered once, so that all are judged on the same tokens"
 NOT_OWN: Mapping[str, str] = {
     "name": "a run has one name, and an expert is called by its key", "task": "experts of one run do one task",
     "evaluate": "all are judged alike", "track": "a run has one place for its numbers",
@@ -24,6 +32,7 @@ NOT_OWN: Mapping[str, str] = {
     "experts": "an expert has no experts", "combine": "an expert has no experts to combine",
     "base": "they stand on one base, and only combine: {kind: vote} joins several", "data": SPLIT_ONCE,
     "train.precision": ONE_PASS, "train.packing": ONE_PASS, "train.micro_batch": ONE_PASS,
+    "train.max_length": ONE_RENDERING,
     "train.activation_checkpointing": ONE_PASS, "train.keep": "checkpoints of single experts are not kept",
 }  # fmt: skip
 
@@ -57,10 +66,15 @@ def sound(recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
-def is_stacked(expert: Recipe) -> bool:
-    """Whether the adapter that is learned stands beside others on one base."""
-    dora = isinstance(expert.adapter, Lora) and expert.adapter.dora
-    return expert.adapter.kind in STACKED and not dora
+def called(expert: Recipe) -> str:
+    """What an expert learns, as complaints have it."""
+    return f"{expert.adapter.kind}{' with DoRA' if getattr(expert.adapter, 'dora', False) else ''}"
+
+
+def instead(recipe: Recipe) -> str:
+    """What helps where an adapter cannot stand beside others."""
+    kinds = f"Choose {', '.join(STACKED[:-1])} or {STACKED[-1]}, without DoRA"
+    return f"{kinds}, or combine by vote" if recipe.task == "classify" and recipe.experts else kinds
 
 
 def moved(name: str, own: Mapping[str, Any], clash: Clash) -> Clash:
@@ -101,13 +115,17 @@ def _own(recipe: Recipe, name: str, own: Mapping[str, Any]) -> Iterator[Clash]:
     before = {one.at for one in clashes(recipe)}
     yield from (moved(name, own, one) for one in clashes(made) if one.at not in before)
     if isinstance(made.adapter, Full) and not stands_alone(recipe, made):
-        says = "full training changes the base itself, which the experts share. Choose another kind, or combine by vote"
+        says = f"full training changes the base itself, which the experts share. {instead(recipe)}"
         yield moved(name, own, Clash("adapter.kind", says, ("combine",)))
+    elif recipe.combine is None and not is_stacked(made):  # what combines them says the rest itself
+        says = f"experts stand side by side on one base, and {called(made)} cannot. {instead(recipe)}"
+        at = "adapter.dora" if made.adapter.kind == "lora" else "adapter.kind"
+        yield moved(name, own, Clash(at, says, ("combine", "adapter.kind")))
 
 
 def _not_allowed(recipe: Recipe, own: Mapping[str, Any]) -> Iterator[Key]:
     """The keys that an expert has and may not have."""
-    is_alone = isinstance(recipe.combine, Vote) and ("base" in own or _kind(recipe, own) == "full")
+    is_alone = isinstance(recipe.combine, Vote) and ("base" in own or not _looks_stacked(recipe, own))
     for section, given in own.items():
         if section not in SECTIONS or (section == "base" and not isinstance(recipe.combine, Vote)):
             yield (section,)
@@ -142,9 +160,11 @@ def _allowed(recipe: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _kind(recipe: Recipe, own: Mapping[str, Any]) -> object:
+def _looks_stacked(recipe: Recipe, own: Mapping[str, Any]) -> bool:
+    """`is_stacked` of values that nobody has checked."""
     adapter = own.get("adapter")
-    return adapter.get("kind", recipe.adapter.kind) if isinstance(adapter, dict) else recipe.adapter.kind
+    merged = laid_over(recipe, {"adapter": adapter if isinstance(adapter, dict) else None})["adapter"]
+    return merged.get("kind", "lora") in STACKED and merged.get("dora") is not True
 
 
 def _unlearned(recipe: Recipe) -> Iterator[Clash]:
