@@ -6,6 +6,7 @@ The layout's history is serve/migrations; a store is brought up to date when it 
 """
 
 import json
+import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ FLAG = "--store"
 MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 7_706_574_773  # of PostgreSQL's advisory locks, held while the layout changes
 _BUSY_S = 30
-_TRIES = 3
+_TRIES = 12
+_TURN_S = 0.02  # how long one who was overtaken waits, times its tries so far, a random share of it
 
 METADATA = MetaData()
 FEEDBACK = Table(
@@ -136,6 +138,7 @@ class Store:
             except IntegrityError:  # another one on the same subject came in between
                 if not left:
                     raise StoreError(f"{self.place}: others write the same feedback at once. Send it again.") from None
+                time.sleep(random.random() * _TURN_S * (_TRIES - left))  # or they would meet again, in step
         raise AssertionError
 
     def keep(self, answers: Sequence[Kept]) -> None:

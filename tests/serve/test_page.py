@@ -272,6 +272,8 @@ def test_settings_are_folded_away_and_sent(address: str, engine: Any, visit: Any
     fields = page.get_by_role("spinbutton")
     assert not fields.first.is_visible()
     page.get_by_text("설정", exact=True).click()
+    until(page, lambda: fields.first.input_value() == "0.5")  # the model's own values have come
+    page.wait_for_timeout(300)
     for place, value in enumerate(["1.5", "0.6", "7", "0.1", "1.2", "33", "11"]):
         fields.nth(place).fill(value)
         fields.nth(place).press("Tab")
