@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -294,7 +293,7 @@ def _take_over(folder: Run, found: Found) -> Path:
     source = whole if whole.is_dir() else found.folder / "adapter"
     target = folder.path / WHOLE_MODEL if whole.is_dir() else folder.adapter()
     disk.make_folder(target.parent)
-    disk.write_folder(target, lambda path: _copy(source, path))
+    disk.copy_folder(source, target)
     disk.remove(folder.adapter() if whole.is_dir() else folder.path / WHOLE_MODEL)  # of an earlier, shorter search
     return target
 
@@ -305,10 +304,6 @@ def _worn(target: Path, ground: Ground) -> nn.Module:
         model: nn.Module = load_base(Base(model=str(target)), str(ground.base.device), ground.base.dtype).model
         return model
     return kind_in_folder(target).load(ground.base.model, target, base_hash=ground.base.hash)
-
-
-def _copy(source: Any, target: Any) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _track(

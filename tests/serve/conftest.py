@@ -15,6 +15,7 @@ import pytest
 
 from serve.engines.contract import Ask, Auto, Engine, Load, Mix, One, Reply, Served, Vote, Who
 from serve.refusal import Refusal, stopping
+from serve.store import Store
 from toolkit.bundle import Run
 from toolkit.disk import write_json
 from toolkit.generate import Answer, Finish, TokenLogprob
@@ -289,3 +290,10 @@ def bare() -> SimpleNamespace:
         models={name: Model(served(name), loaded, stack) for name in names},
         alone={name: Model(served(name), loaded) for name in names},
     )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{tmp_path}/feedback.db")
+    yield store
+    store.close()

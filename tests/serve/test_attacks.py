@@ -117,13 +117,6 @@ TABLE = [
 
 
 @pytest.fixture
-def store(tmp_path: Any) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/feedback.db")
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def client(engine: Any, store: Store) -> Iterator[TestClient]:
     with TestClient(create_app(engine, Bounds(100), store=store), raise_server_exceptions=False) as client:
         yield client

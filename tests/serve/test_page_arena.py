@@ -1,7 +1,6 @@
 """The arena in a real browser: two models, unseen until the vote."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,6 @@ VOTES = {
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     yield from open_browser()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/feedback.db")
-    yield store
-    store.close()
 
 
 @pytest.fixture

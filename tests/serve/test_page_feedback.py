@@ -34,13 +34,6 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/feedback.db")
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def address(engine: Any, store: Store) -> Iterator[str]:
     with serving(engine, store=store, is_shared=True) as address:
         yield address

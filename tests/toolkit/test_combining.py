@@ -2,26 +2,30 @@
 
 import argparse
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.combining_world import place as _place
 from tests.combining_world import train, write_recipe
-from toolkit import judge, pipeline
+from toolkit import combining, judge, pipeline
 from toolkit.bundle import Run
 from toolkit.chat import Conversation
 from toolkit.combine.gate import Gate, gated
+from toolkit.combine.merge import merge
 from toolkit.combine.mix import mix_generate
 from toolkit.combine.speaker import open_speaker, speaks
 from toolkit.corpus.known import mark
 from toolkit.corpus.talk import Turn
+from toolkit.ensemble import make
 from toolkit.ensemble.ground import open_ground
 from toolkit.errors import RecipeError, RunError
 from toolkit.generate import Sampling, generate
 from toolkit.loaded import load_run
 from toolkit.recipe.read import read_recipe
-from toolkit.steps import Options
+from toolkit.steps import INTERRUPTED, Options
 
 place = _place
 GREEDY = Sampling(temperature=0.0, max_tokens=6)
@@ -218,7 +222,7 @@ def test_a_route_sends_a_talk_to_the_voice_that_fits_it(place: Path) -> None:
     facts = run.facts()
     assert (run.path / "router" / "router.json").is_file()
     assert facts["combination"]["default"] == "casual"
-    assert facts["combination"]["report"]["all"]["accuracy"] is not None
+    assert facts["combination"]["report"]["all"]["n"] > 0
     speaker, loaded = open_speaker(run.path, "cpu")
     choice = speaker.pick([ASKED])[0]
     with speaker.alone(choice.expert) as model:
@@ -262,3 +266,32 @@ def test_torchrun_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="not started by torchrun"):
         train(place, write_recipe(place, "{kind: mix}"))
+
+
+@pytest.mark.slow
+def test_a_wish_to_stop_ends_the_search_for_weights_and_the_same_command_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for the last trial."""
+    path = write_recipe(place, "{kind: merge, weights: search, trials: 6}")
+    recipe, tried = read_recipe(path), []
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return merge(*given, **named)
+
+    monkeypatch.setattr(make, "merge", stopping)
+    assert combining.run(recipe, Options(place / "runs", quiet=True)) == INTERRUPTED
+    assert len(tried) == 3
+    assert train(place, path).facts()["combination"]["report"]["trials"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_have_another_format_is_told_so(place: Path) -> None:
+    """All files are read by one."""
+    train(place, write_recipe(place, "{kind: vote}", "{one: {train: {seed: 1}}, two: {}}", name="먼저", more="labels"))
+    both = "{polite: {data: {train: [polite.jsonl]}}, old: {run: runs/먼저}}"
+    with pytest.raises(RecipeError, match=r"another data\.format"):
+        train(place, write_recipe(place, "{kind: mix}", both, name="둘째"))

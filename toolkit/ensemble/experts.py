@@ -26,7 +26,7 @@ from toolkit.fit.prepare import place_here, shape_of
 from toolkit.fit.stackable import holds, name_of
 from toolkit.recipe.model import Recipe
 from toolkit.score import supervised_log_likelihoods
-from toolkit.search.split import JOIN_TOKENS, MEMBERS_SHARE, MOST_TOGETHER, limits_of
+from toolkit.search.split import fill, limits_of
 from toolkit.stack.adapter import Adapter, new_adapter, write_adapter
 from toolkit.stack.stack import Stack
 
@@ -126,14 +126,9 @@ def _after(run: Run, name: str) -> str | None:
 
 
 def together(tasks: Sequence[Task], n_tokens: int, free_bytes: float, member_bytes: int, device: str) -> int:
-    """How many tasks learn at once: as many as fill a forward pass of `n_tokens` and find room at `member_bytes` each.
-
-    On a CPU a pass is full early, see toolkit.search.split, whose rules these are.
-    """
+    """How many tasks learn at once: as many as fill a forward pass of `n_tokens` and find room, `member_bytes` each."""
     each = [task.recipe.train.batch_size * sum(len(ids) for ids, _ in task.rows) / len(task.rows) for task in tasks]
-    wanted = JOIN_TOKENS if device == "cpu" else n_tokens
-    fills = int(wanted // max(1.0, sum(each) / len(each)))
-    return max(1, min(MOST_TOGETHER, len(tasks), fills, int(free_bytes * MEMBERS_SHARE // member_bytes)))
+    return min(len(tasks), fill(sum(each) / len(each), device, n_tokens, free_bytes / member_bytes))
 
 
 class _Crew:

@@ -104,7 +104,11 @@ class Ground:
         """What an expert trained here learns: token ids and labels, a conversation a row, by its own weights."""
         rows = self.rows_of(name)
         if not rows.train:
-            says = f"nothing is left to learn of {', '.join(self.files[name])}. Add conversations."
+            files = ", ".join(self.files[name])
+            says = (
+                f"nothing is left to learn of {files}: empty after cleaning, held out, or the same conversations stand"
+            )
+            says += " in a file of another expert, which keeps them. Give it talk of its own."
             raise DataError(self.recipe.name, [Problem(f"experts.{name}", says)])
         return [(list(ids), list(labels)) for ids, labels in training_rows(self.trained[name], self.base, rows)]
 
@@ -188,9 +192,25 @@ def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[
     every = [file for of in files.values() for file in of]
     if not any(isinstance(one, Recipe) for one in named.values()):
         every += recipe.data.train_files  # nobody learns it: it judges
+    _refuse_formats(recipe, found)
     own = tuple(dict.fromkeys(every))
     shared = union(recipe)
     return shared.model_copy(update={"data": shared.data.model_copy(update={"train": own})}), files, found
+
+
+def _refuse_formats(recipe: Recipe, found: Mapping[str, Run]) -> None:
+    """Raise RecipeError for a run whose files have named columns, or labels, and others than the recipe says."""
+    ours, problems = recipe.data.format, []
+    for name, run in found.items():
+        theirs = _recipe_of(run).data.format
+        if theirs != ours and not (isinstance(ours, str) and isinstance(theirs, str)):
+            says = (
+                f"{run.path} read its files by another data.format, and all experts' files are read by one. Write its"
+            )
+            says += " format into this recipe, or bring the files of both into one form."
+            problems.append(Problem(f"experts.{name}.run", says))
+    if problems:
+        raise RecipeError(recipe.name, problems)
 
 
 def _files_of(run: Run) -> tuple[str, ...]:

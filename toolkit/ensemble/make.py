@@ -31,6 +31,10 @@ from toolkit.search.split import limits_of
 from toolkit.stack.stack import Stack
 
 
+class _AskedError(Exception):
+    """Somebody wants the run to stop."""
+
+
 @dataclass(frozen=True)
 class Workshop:
     """Where a combination is made: what the experts stand on, the run folder, and whom training asks and tells."""
@@ -42,6 +46,12 @@ class Workshop:
     def fit(self, tasks: Sequence[Task]) -> dict[str, Fitted] | None:
         """Train these into the run; None: asked to stop."""
         return fit_members(tasks, self.ground.base, self.folder, plan_of=self.ground.plan, hooks=self.hooks)
+
+    def say_or_stop(self, line: str) -> None:
+        """A line on the way of what cannot save and go on. Raises: _AskedError where somebody wants it to stop."""
+        self.hooks.say(line)
+        if self.hooks.wants_stop():
+            raise _AskedError
 
 
 @dataclass(frozen=True)
@@ -198,9 +208,12 @@ def _merge(
     weights: Given = None
     report: dict[str, Any] = {}
     if asked.weights == "search":
-        weights, report["trials"] = search_merge_weights(
-            merged, watched, tuple(adapters), asked.trials, seed, shop.hooks.say
-        )
+        try:
+            weights, report["trials"] = search_merge_weights(
+                merged, watched, tuple(adapters), asked.trials, seed, shop.say_or_stop
+            )
+        except _AskedError:
+            return None
     elif not isinstance(asked.weights, str):
         weights = asked.weights
     made = merged(weights)

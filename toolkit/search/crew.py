@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -210,7 +209,7 @@ class Crew:
                     target = self.place / f"again-{asked.number}"  # its old place may be swept any time
                     disk.remove(target)
                     disk.make_folder(self.place)
-                    disk.write_folder(target, lambda folder: _copied(found, folder))  # noqa: B023  (called at once)
+                    disk.copy_folder(found, target)
                     return target
             number = ledger.again_of(by_number[number]) if number in by_number else None
         return None
@@ -235,10 +234,6 @@ def _losses(saved: Path | None) -> list[float]:
         return []
     state = json.loads((saved / STATE_FILE).read_text(encoding="utf-8"))
     return [float(loss) for loss in state["losses"]]
-
-
-def _copied(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _in_fresh_folder(folder: Path, fill: Callable[[Path], None]) -> None:

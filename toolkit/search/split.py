@@ -68,6 +68,12 @@ def trials_together(recipe: Recipe, place: Place, limits: Limits, rows: Sequence
     if isinstance(asked, int):
         return asked
     step = recipe.train.batch_size * sum(len(ids) for ids, _ in rows) / max(1, len(rows))
-    wanted = JOIN_TOKENS if place.device == "cpu" else limits.n_tokens
-    fits = int(place.free_bytes * MEMBERS_SHARE // member_bytes)
-    return max(1, min(MOST_TOGETHER, recipe.search.trials, int(wanted // max(step, 1)), fits))
+    return min(recipe.search.trials, fill(step, place.device, limits.n_tokens, place.free_bytes / member_bytes))
+
+
+def fill(step: float, device: str, n_tokens: int, n_fit: float) -> int:
+    """How many members of `step` tokens a step fill a forward pass of `n_tokens`, where a tenth of what is free, which
+    holds `n_fit` of them, has room for them. On a CPU a pass is full early.
+    """
+    wanted = JOIN_TOKENS if device == "cpu" else n_tokens
+    return max(1, min(MOST_TOGETHER, int(wanted // max(step, 1.0)), int(n_fit * MEMBERS_SHARE)))
