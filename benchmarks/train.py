@@ -5,8 +5,9 @@ python benchmarks/train.py [rounds]        (about 2 minutes a round on 2 cores)
 
 Contestants, all on the same conversations, 8 a step, LoRA rank 16 on all linears, assistant tokens only, float32 on
 CPU:
-  ours      python -m toolkit.train's own path (packed inside the micro batch, our head loss)
+  ours      python -m toolkit.train's own path (packed inside the micro batch, our head loss, freed memory kept)
   unpacked  the same without packing
+  returned  ours, freed memory given back to the system as the C library does by itself
   bare      a well-set SFTTrainer script: use_cpu, no bf16, no activation checkpointing, assistant_only_loss
   defaults  the same script with TRL's defaults (bf16, activation checkpointing), few steps
 Tokens are counted without padding. A step's time is from the end of the step before; the first WARM steps are left out.
@@ -36,7 +37,7 @@ def rows() -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in lines]
 
 
-def ours(folder: Path, packing: bool) -> list[tuple[float, int]]:
+def ours(folder: Path, packing: bool, keeps: bool = True) -> list[tuple[float, int]]:
     """(seconds since start, tokens so far) after every step."""
     import torch
     from rich.console import Console
@@ -49,6 +50,7 @@ def ours(folder: Path, packing: bool) -> list[tuple[float, int]]:
     from toolkit.fit.display import Display
     from toolkit.fit.one import Job, fit_one
     from toolkit.fit.plan import Plan
+    from toolkit.pages import keep_pages
     from toolkit.quiet import quiet
     from toolkit.recipe.model import Base, Lora, Recipe
     from toolkit.track import open_track
@@ -59,6 +61,8 @@ def ours(folder: Path, packing: bool) -> list[tuple[float, int]]:
         def step(self, step: int, loss: float, n_tokens: int) -> None:
             marks.append((time.perf_counter(), n_tokens))
 
+    if keeps:
+        keep_pages()
     with quiet():
         base = load_base(Base(model="spoken-mini"), "cpu", torch.float32)
         talks = [Talk(tuple(Turn(m["role"], m["content"]) for m in row), "x") for row in rows()]  # type: ignore[arg-type]
@@ -122,6 +126,7 @@ def bare(folder: Path, is_well_set: bool) -> list[tuple[float, int]]:
 CONTESTANTS = {
     "ours": lambda folder: ours(folder, True),
     "unpacked": lambda folder: ours(folder, False),
+    "returned": lambda folder: ours(folder, True, keeps=False),
     "bare": lambda folder: bare(folder, True),
     "defaults": lambda folder: bare(folder, False),
 }

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, int] = {
-    "toolkit.errors": -1, "toolkit.shipped": 0, "toolkit.disk": 0, "toolkit.quiet": 0,
+    "toolkit.errors": -1, "toolkit.shipped": 0, "toolkit.disk": 0, "toolkit.quiet": 0, "toolkit.pages": 0,
     "toolkit.recipe": 1, "toolkit.bundle": 1, "toolkit.trackers": 2, "toolkit.track": 3,
     "toolkit.evaluate.metrics": 1, "toolkit.evaluate.levels": 1,
     "toolkit.adapters": 2, "toolkit.bases": 2,
     "toolkit.corpus": 3, "toolkit.card": 3,
-    "toolkit.sampling": 1, "toolkit.writing": 2,
+    "toolkit.sampling": 1, "toolkit.grammar": 1, "toolkit.writing": 2,
     "toolkit.stack": 4, "toolkit.loaded": 4,
     "toolkit.generate": 5, "toolkit.score": 5,
     "toolkit.combine": 6, "toolkit.evaluate": 6,

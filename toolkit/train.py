@@ -27,8 +27,10 @@ def train(arguments: argparse.Namespace) -> int:
     from toolkit.shipped import resolve
 
     recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
+    from toolkit.pages import keep_pages
     from toolkit.quiet import quiet
 
+    keep_pages()
     with quiet():  # some libraries talk while they are imported
         from toolkit.steps import Options
 
