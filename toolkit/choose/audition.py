@@ -31,6 +31,7 @@ from toolkit.evaluate.spoken import spoken_numbers
 from toolkit.fit.cached import CachedRows
 from toolkit.fit.memory import peak_mb
 from toolkit.fit.prepare import make_renderer, place_here, weight_dtype
+from toolkit.pages import keep_pages
 from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
 from toolkit.stack.adapter import write_adapter
@@ -113,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(**told)
     from toolkit.recipe.read import read_recipe
 
+    keep_pages()  # as training does
     with quiet():
         try:
             recipe = read_recipe(Path(job.recipe), to_run=False, to_choose=True)

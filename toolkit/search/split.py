@@ -16,7 +16,7 @@ JOIN_TOKENS = 512  # a step of so many tokens keeps a CPU busy by itself: trials
 GPU_TOKENS = 65_536
 MOST_TOGETHER = 16
 MEMBERS_SHARE = 0.1  # of free memory may go to weights, gradients, moments and best tensors of those that learn
-SMALL_BYTES = 400e6  # weights of a base up to which two processes of half the threads beat one with all of them
+SMALL_BYTES = 400e6  # weights of a base up to which processes of one thread are worth a copy of it each
 PROCESS_BYTES = 1.2e9  # what a process takes beside its base: libraries, rows, activations
 
 
