@@ -210,6 +210,30 @@ def mean(sums: Sums) -> float:
     return sum(value for value, _ in sums) / sum(count for _, count in sums)
 
 
+def written(results: Mapping[str, Any]) -> dict[str, Any]:
+    """For the file: of labels a sign a conversation, 1 for a wrong one."""
+
+    def shorter(sums: Sums) -> Sums | str:
+        is_of_labels = all(pair[1] == 1 and pair[0] in (0, 1) for pair in sums)
+        return "".join(str(int(pair[0])) for pair in sums) if is_of_labels else sums
+
+    return {**results, "runs": _each(results["runs"], shorter)}
+
+
+def read(file: str) -> dict[str, Any]:
+    """What `written` made, as it was; empty where there is no file."""
+    results = load(file)
+
+    def longer(sums: Sums | str) -> Sums:
+        return [(float(sign), 1.0) for sign in sums] if isinstance(sums, str) else sums
+
+    return {**results, "runs": _each(results["runs"], longer)} if results else {}
+
+
+def _each(runs: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    return {key: {**one, "sums": {how: change(sums) for how, sums in one["sums"].items()}} for key, one in runs.items()}
+
+
 def pooled(runs: Sequence[Sums]) -> list[tuple[float, float]]:
     """The same conversations of several seeds, each as one."""
     return [(sum(v for v, _ in of), sum(n for _, n in of)) for of in zip(*runs, strict=True)]
@@ -269,7 +293,7 @@ def main() -> None:
         asked.seconds, asked.members, asked.rounds, asked.batch_size, asked.rank, asked.learning_rate, asked.full_rate,
         asked.tiny,
     )  # fmt: skip
-    results = load(asked.out)
+    results = read(asked.out)
     if results.get("settings", own.facts()) != own.facts():
         raise SystemExit(f"{asked.out}: holds other settings ({results['settings']}). Take another --out.")
     results |= {"settings": own.facts(), "seeds": sorted({*results.get("seeds", []), *asked.seeds})}
@@ -289,14 +313,14 @@ def main() -> None:
                     continue
                 with quiet(), working(own, of) as ground:
                     results["runs"][key] = ROOMS[system](ground, seed)
-                save(asked.out, results)
+                save(asked.out, written(results))
                 found = results["runs"][key]
                 told = ", ".join(f"{how} {mean(sums):.4f}" for how, sums in found["sums"].items())
                 say(f"{key}: {found['steps']} steps in {found['seconds']:.1f} s, lost {told}")
     if not asked.table and (not asked.only or COST in asked.only) and "cost" not in results:
         with quiet():
             results["cost"] = cost(own, open_field("talk", is_tiny=own.is_tiny))
-        save(asked.out, results)
+        save(asked.out, written(results))
     for name in fields:
         if any(key.startswith(f"{name} ") for key in results["runs"]):
             say(f"\n{table_of(name, results)}")
