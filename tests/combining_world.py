@@ -71,7 +71,7 @@ def train(folder: Path, path: Path, **options: Any) -> Run:
     """The command, in this process; the run that it left."""
     from toolkit.combining import run
 
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, runs=folder / "runs")
     assert run(recipe, Options(folder / "runs", quiet=True, **options)) == 0
     return open_run(folder / "runs" / recipe.name)
 

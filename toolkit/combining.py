@@ -4,27 +4,33 @@ Experts are trained side by side, each on its own talk; then the combination is 
 weighed); then everybody is measured on the same held-out talk, and the run says whether combining helped.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from toolkit import disk, pipeline
 from toolkit.bases.files import hash_files
-from toolkit.bundle import Run
+from toolkit.bundle import RUN_FILE, Run
 from toolkit.combine.speaker import MAIN, own_run
+from toolkit.disk import hash_file
+from toolkit.ensemble.curves import Curves
 from toolkit.ensemble.experts import Hooks, Seen
-from toolkit.ensemble.ground import Ground, open_ground, shared_of
+from toolkit.ensemble.ground import Ground, is_run, open_ground, shared_of
 from toolkit.ensemble.make import Made, Workshop, count_steps_of, make
+from toolkit.ensemble.reading import refuse_unread
 from toolkit.errors import RunError
 from toolkit.fit.display import Display
-from toolkit.fit.inputs import inputs_of
+from toolkit.fit.inputs import flat, inputs_of
 from toolkit.fit.stops import StopOnSignal
 from toolkit.judge import Judge
 from toolkit.jury import hear, section_of
 from toolkit.loaded import WHOLE_MODEL
-from toolkit.recipe.experts import expert_recipes, stands_alone
+from toolkit.recipe.experts import expert_recipes, stands_alone, union
 from toolkit.recipe.model import Recipe
+from toolkit.shipped import resolve
 from toolkit.steps import (
     Begun,
     Options,
@@ -36,7 +42,9 @@ from toolkit.steps import (
     make_judge,
     measured_before,
 )
-from toolkit.track import config_of, open_track, sample_cells
+from toolkit.track import Track, config_of, last_step, open_track, sample_cells
+
+RUN = "run"  # how the inputs of a run name another one
 
 
 def run(recipe: Recipe, options: Options) -> int:
@@ -46,21 +54,58 @@ def run(recipe: Recipe, options: Options) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("A run of several adapters is not started by torchrun: they learn side by side in one process.")
-    return in_its_folder(recipe, options, _inputs(recipe), lambda: open_ground(recipe), _train)
+    folder = Run(options.runs / recipe.name)
+    inputs = None if options.fresh else _of_finished(recipe, folder)
+    return in_its_folder(recipe, options, inputs or _inputs(recipe), lambda: _ready(recipe), _train)
+
+
+def _ready(recipe: Recipe) -> Ground:
+    ground = open_ground(recipe)
+    refuse_unread(ground)
+    return ground
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
     """As of one adapter, over the files of all experts; and the adapters of those that exist already."""
     shared, _, found = shared_of(recipe)
-    inputs = inputs_of(shared)
-    inputs["recipe"] = inputs_of(recipe)["recipe"]
-    for run in found.values():
-        folder = run.path / WHOLE_MODEL if (run.path / WHOLE_MODEL).is_dir() else run.adapter()
-        inputs["data"][f"run {run.path}"] = hash_files(folder, sorted(folder.glob("*")))
-    for name, one in expert_recipes(recipe).items():
-        if isinstance(one, Recipe) and stands_alone(recipe, one):
-            inputs["data"][f"base of {name}"] = inputs_of(one)["base"]
+    inputs = inputs_of(shared) | {"recipe": flat(recipe.model_dump(mode="json"))}
+    inputs["data"] |= {f"{RUN} {run.path}": _hash_of(run) for run in found.values()} | _bases(recipe)
     return inputs
+
+
+def _of_finished(recipe: Recipe, folder: Run) -> dict[str, Any] | None:
+    """As `_inputs`, of a finished run that holds what it took over from runs which are gone by now: those are as they
+    were when it began. None where nothing is gone, or the run still needs it.
+    """
+    gone = [one for one in expert_recipes(recipe).values() if isinstance(one, str) and not is_run(one)]
+    if not gone or not (folder.path / RUN_FILE).exists() or (facts := folder.facts()).get("status") != "finished":
+        return None
+    before = facts.get("inputs")
+    if not isinstance(before, dict) or not isinstance(before.get("data"), dict):
+        return None  # told by whoever reads it next
+    inputs = inputs_of(union(recipe)) | {"recipe": flat(recipe.model_dump(mode="json"))}
+    known = inputs["data"] | _bases(recipe)
+    inputs["data"] = known | {name: _now(name, hashed) for name, hashed in before["data"].items() if name not in known}
+    return inputs
+
+
+def _now(name: str, before: str) -> str:
+    """What `_inputs` has of an existing run, or of its file, today; as it was where that is gone."""
+    kind, _, path = name.partition(" ")
+    if kind == RUN and is_run(path):
+        return _hash_of(Run(Path(path)))
+    return hash_file(resolve(name)) if resolve(name).is_file() else before
+
+
+def _hash_of(run: Run) -> str:
+    folder = run.path / WHOLE_MODEL if (run.path / WHOLE_MODEL).is_dir() else run.adapter()
+    return hash_files(folder, sorted(folder.glob("*")))
+
+
+def _bases(recipe: Recipe) -> dict[str, Any]:
+    """Of members that stand on bases of their own those bases."""
+    named = {name: one for name, one in expert_recipes(recipe).items() if isinstance(one, Recipe)}
+    return {f"base of {name}": inputs_of(one)["base"] for name, one in named.items() if stands_alone(recipe, one)}
 
 
 def _train(begun: Begun, ground: Ground) -> bool:
@@ -76,13 +121,43 @@ def _train(begun: Begun, ground: Ground) -> bool:
     if not _apart(begun, ground):
         return False
     display = Display(console, count_steps_of(ground), begun.options.quiet)
-    with StopOnSignal(display.say) as stops, display:
-        hooks = Hooks(display.say, lambda: stops.is_asked, _Watch(display))
-        made = make(Workshop(ground, folder, hooks))
-    if made is None or stops.is_asked:
-        return False
-    _finish(begun, ground, judge, before, made)
+    with _tracking(begun) as track, contextlib.closing(Curves(folder, track)) as curves:
+        with StopOnSignal(display.say) as stops, display:
+            made = make(Workshop(ground, folder, _hooks(display, stops, curves)))
+        if made is None or stops.is_asked:
+            return False
+        _finish(begun, ground, judge, before, made, track)
     return True
+
+
+@contextlib.contextmanager
+def _tracking(begun: Begun) -> Iterator[Track]:
+    """Where numbers go; each member that goes on drops its own that did not last."""
+    path = begun.folder.path
+    step = last_step(path) if begun.goes_on else -1
+    track = open_track(path, begun.recipe.track, config_of(begun.inputs), step, begun.console.print)
+    try:
+        yield track
+    finally:
+        track.close()
+
+
+def _hooks(display: Display, stops: StopOnSignal, curves: Curves) -> Hooks:
+    watch = _Watch(display)
+
+    def stepped(seen: Sequence[Seen]) -> None:
+        watch(seen)
+        curves.stepped(seen)
+
+    return Hooks(
+        say=display.say,
+        wants_stop=lambda: stops.is_asked,
+        watch=stepped,
+        begun=curves.begun,
+        looked=curves.looked,
+        gate_begun=curves.gate_begun,
+        gate=curves.gate,
+    )
 
 
 def take_in(ground: Ground, folder: Run) -> None:
@@ -134,21 +209,19 @@ def _answer_with(folder: Run, best: str) -> None:
     disk.copy_folder(folder.adapter(best), target)
 
 
-def _finish(begun: Begun, ground: Ground, judge: Judge, before: dict[str, Any], made: Made) -> None:
+def _finish(begun: Begun, ground: Ground, judge: Judge, before: dict[str, Any], made: Made, track: Track) -> None:
     """Measure everybody, say what came out, and finish the run."""
     recipe, folder = begun.recipe, begun.folder
     found = hear(ground, made, judge)
     if made.spec is None:
         _answer_with(folder, found.best)
     disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, found.after))
-    track = open_track(folder.path, recipe.track, config_of(begun.inputs), -1, begun.console.print)
     total = made.total()
     track.log(total.steps, **judge.numbers(found.after))
     track.text(total.steps, "samples", judge.samples_markdown(before, found.after))
     track.table(total.steps, "answers", sample_cells(before, found.after))
     if (folder.path / "adapters").is_dir():  # experts that are other runs lie there
         track.files(folder.name, folder.path / "adapters")
-    track.close()
     section = section_of(found.facts)
     facts: dict[str, Any] = {
         **data_facts(ground.corpus, ground.rows),

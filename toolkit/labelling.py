@@ -2,12 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
-from torch import nn
-
 from toolkit import disk
 from toolkit.adapters.lora import LoraKind
 from toolkit.bases.encoder import LoadedEncoder, is_encoder, load_encoder
-from toolkit.bundle import Run
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.evaluate.classify import label_set
 from toolkit.evaluate.encoder import Labeller, pad_of
@@ -25,8 +22,8 @@ from toolkit.fit.display import Display
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.inputs import inputs_of
 from toolkit.fit.one import Job
-from toolkit.fit.plan import Plan, max_length
-from toolkit.fit.prepare import place_here, said_by_main, weight_dtype
+from toolkit.fit.plan import max_length
+from toolkit.fit.prepare import place_here, weight_dtype
 from toolkit.judge import Held, labels_markdown, measured_labels, metrics_of, tracked_numbers
 from toolkit.recipe.model import Base, Recipe
 from toolkit.steps import (
@@ -38,7 +35,8 @@ from toolkit.steps import (
     in_its_folder,
     in_short,
     is_main,
-    refuse_late,
+    plan_of,
+    save_adapter,
     tracking,
 )
 
@@ -83,7 +81,7 @@ def _train(begun: Begun, ready: Ready) -> bool:
         share = rows.n_unknown / rows.n_tokens
         begun.console.print(f"{share:.1%} of the tokens are signs that its tokenizer does not know.", highlight=False)
     learnable = epoch_rows(recipe, rows)
-    plan = _plan(begun, ready, len(learnable))
+    plan = plan_of(begun, len(learnable), lambda: label_plan(recipe, base, rows, place_here()))
     pad = pad_of(base.tokenizer)
     model = with_adapter(recipe, base)
     if not begun.goes_on:
@@ -104,7 +102,7 @@ def _train(begun: Begun, ready: Ready) -> bool:
         if fitted.stopped == "asked" or not is_main():
             return fitted.stopped != "asked"
         model.eval()
-        _save(folder, base, model)
+        save_adapter(folder, LoraKind(), model, base)
         held = _held(recipe, ready)
         after = measured_labels(Labeller(model, base.tokenizer, base.labels), held) if held.talks else {}
         track.log(fitted.steps, **tracked_numbers(after))
@@ -122,21 +120,7 @@ def _finish(begun: Begun, ready: Ready, fitted: Fitted, after: dict[str, object]
     finish(begun.folder, begun.recipe, ready.base, {**data_facts(ready.corpus, ready.rows), **found})
 
 
-def _plan(begun: Begun, ready: Ready, n_learned: int) -> Plan:
-    """The plan that the run was begun with, or a new one."""
-    if is_main() and begun.goes_on:
-        return said_by_main(Plan(**begun.folder.facts()["plan"]))
-    refuse_late(begun.recipe, n_learned)
-    return said_by_main(label_plan(begun.recipe, ready.base, ready.rows, place_here()))
-
-
 def _held(recipe: Recipe, ready: Ready) -> Held:
     part = ready.rows.held_out()
     talks = tuple(getattr(ready.corpus, part)[place] for place in ready.rows.kept_talks[part])
     return Held(talks, (), (), ready.base.labels, tuple(ready.corpus.train), metrics_of(recipe))
-
-
-def _save(folder: Run, base: LoadedEncoder, model: nn.Module) -> None:
-    target = folder.adapter()
-    disk.make_folder(target.parent)
-    disk.write_folder(target, lambda f: LoraKind().save(model, f, base=base.source, base_hash=base.hash))

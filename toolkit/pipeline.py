@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolkit import bundle, disk
+from toolkit import disk
 from toolkit.adapters.kinds import kind_of
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
@@ -14,7 +14,7 @@ from toolkit.fit.inputs import inputs_of
 from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Job, fit_one
 from toolkit.fit.plan import Plan, is_new, make_plan
-from toolkit.fit.prepare import Rows, place_here, said_by_main, shape_of, training_rows
+from toolkit.fit.prepare import Rows, place_here, shape_of, training_rows
 from toolkit.labelling import is_for_encoder
 from toolkit.labelling import run as label
 from toolkit.loaded import WHOLE_MODEL
@@ -31,8 +31,9 @@ from toolkit.steps import (
     is_main,
     make_judge,
     measured_before,
+    plan_of,
     prepare,
-    refuse_late,
+    save_adapter,
     tracking,
 )
 from toolkit.track import sample_cells
@@ -54,7 +55,8 @@ def _train(begun: Begun, ready: Ready) -> bool:
     console.print(in_short(recipe, base, corpus, rows), highlight=False)
     goes_on = begun.goes_on
     learnable = training_rows(recipe, base, rows)
-    plan = _plan(recipe, folder, base, rows, len(learnable))  # the processes meet here, before one of them writes
+    # The processes meet here, before one of them writes.
+    plan = plan_of(begun, len(learnable), lambda: _plan(recipe, base, rows))
     judge = make_judge(recipe, base, renderer, corpus, rows)
     before = measured_before(recipe, folder, judge)
     kind = kind_of(recipe.adapter)
@@ -78,7 +80,7 @@ def _train(begun: Begun, ready: Ready) -> bool:
         if fitted.stopped == "asked" or not is_main():
             return fitted.stopped != "asked"
         model.eval()
-        _save_adapter(folder, recipe, base, kind, model)
+        _save(folder, recipe, base, kind, model)
         after = judge.measure(model)
         disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, after))
         track.log(fitted.steps, **judge.numbers(after))
@@ -95,20 +97,14 @@ def _train(begun: Begun, ready: Ready) -> bool:
     return True
 
 
-def _plan(recipe: Recipe, folder: Run, base: LoadedBase, rows: Rows, n_learned: int) -> Plan:
-    """The plan that the run was begun with, or a new one. n_learned: rows of one epoch, as the weights of files say."""
-    if is_main() and (folder.path / bundle.RUN_FILE).exists():
-        return said_by_main(Plan(**folder.facts()["plan"]))
-    refuse_late(recipe, n_learned)
+def _plan(recipe: Recipe, base: LoadedBase, rows: Rows) -> Plan:
     longest = base.context if is_new(recipe) else max(len(row.input_ids) for row in rows.train)
-    return said_by_main(make_plan(recipe, shape_of(base.model, base.context), place_here(), longest))
+    return make_plan(recipe, shape_of(base.model, base.context), place_here(), longest)
 
 
-def _save_adapter(folder: Run, recipe: Recipe, base: LoadedBase, kind: Any, model: Any) -> None:
+def _save(folder: Run, recipe: Recipe, base: LoadedBase, kind: Any, model: Any) -> None:
     if recipe.adapter.kind != "full":
-        target = folder.adapter()
-        disk.make_folder(target.parent)
-        disk.write_folder(target, lambda f: kind.save(model, f, base=base.source, base_hash=base.hash))
+        save_adapter(folder, kind, model, base)
         return
 
     def fill(target: Path) -> None:

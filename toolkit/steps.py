@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from toolkit import bundle, disk
+from toolkit.adapters.contract import Kind
 from toolkit.bases.encoder import LoadedEncoder
 from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run
@@ -28,7 +30,7 @@ from toolkit.fit.classify import LabelRows
 from toolkit.fit.inputs import refuse_changed, surroundings
 from toolkit.fit.memory import peak_mb
 from toolkit.fit.plan import Plan, count_steps, is_new
-from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, render_rows
+from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, render_rows, said_by_main
 from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
 from toolkit.loaded import ENCODER
 from toolkit.quiet import quiet
@@ -197,6 +199,24 @@ def refuse_late(recipe: Recipe, n_rows: int) -> None:
     if late:
         says = f"step {late[0]} never comes: this run takes {total} steps. Take it out."
         raise RecipeError(recipe.name, [Problem("train.keep", says)])
+
+
+def plan_of(begun: Begun, n_learned: int, make: Callable[[], Plan]) -> Plan:
+    """The plan that the run was begun with, or the one that `make` gives; the same in every process.
+
+    n_learned: rows of one epoch, as the weights of files say. Raises: RecipeError as `refuse_late` and `make` do.
+    """
+    if is_main() and begun.goes_on:
+        return said_by_main(Plan(**begun.folder.facts()["plan"]))
+    refuse_late(begun.recipe, n_learned)
+    return said_by_main(make())
+
+
+def save_adapter(folder: Run, kind: Kind[Any], model: nn.Module, base: LoadedBase | LoadedEncoder) -> None:
+    """Write what was learned into the run, whole or not at all."""
+    target = folder.adapter()
+    disk.make_folder(target.parent)
+    disk.write_folder(target, lambda f: kind.save(model, f, base=base.source, base_hash=base.hash))
 
 
 @contextlib.contextmanager

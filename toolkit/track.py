@@ -21,6 +21,7 @@ from toolkit.trackers.in_wandb import Wandb, end_seconds
 
 OPENERS: Mapping[str, Callable[[About], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 WAIT_SECONDS = 5.0
+OF_A_LINE = frozenset({"step", "time"})
 NOT_OF_THE_RECIPE = ("name", "train.seed", "serve.", "track")  # runs that differ in these alone belong together
 
 
@@ -165,6 +166,24 @@ def read_metrics(run_path: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return rows
+
+
+def drop_numbers(run_path: Path, is_kept: Callable[[str, int], bool]) -> None:
+    """Keep of metrics.jsonl the numbers for whose name and step this holds; a line without any goes. For those of
+    several that learn at once, each of which goes on from a step of its own.
+    """
+    file, lines, changed = run_path / "metrics.jsonl", [], False
+    for row in read_metrics(run_path):
+        kept = {name: of for name, of in row.items() if name in OF_A_LINE or is_kept(name, int(row["step"]))}
+        changed |= len(kept) < len(row)
+        lines += [json.dumps(kept) + "\n"] if kept.keys() - OF_A_LINE else []
+    if changed:
+        disk.write_text(file, "".join(lines))
+
+
+def last_step(run_path: Path) -> int:
+    """The highest step of metrics.jsonl, 0 where there is none."""
+    return max((int(row["step"]) for row in read_metrics(run_path)), default=0)
 
 
 def _keep_until(file: Path, step: int) -> None:

@@ -26,7 +26,7 @@ def train(arguments: argparse.Namespace) -> int:
     from toolkit.recipe.read import read_recipe
     from toolkit.shipped import resolve
 
-    recipe = read_recipe(resolve(arguments.recipe), arguments.overrides)
+    recipe = read_recipe(resolve(arguments.recipe), arguments.overrides, runs=arguments.runs)
     from toolkit.pages import keep_pages
     from toolkit.quiet import quiet
 

@@ -22,7 +22,7 @@ from tests.stacked_world import TOLERANCE, World, make_base, off, some_rows
 from toolkit.combine.lowrank import Update, distance, norm
 from toolkit.combine.merge import merge
 from toolkit.combine.methods import names_of
-from toolkit.combine.mix import mix_generate
+from toolkit.combine.mix import Mix
 from toolkit.combine.sparse import SPARSE
 from toolkit.recipe.model import Lora
 from toolkit.stack.stack import Gates
@@ -242,9 +242,8 @@ def test_a_stacked_mixture_says_what_the_average_of_separate_plain_models_says(
         logp_KV = torch.stack([world.alone(name, row[0])[-1].double().log_softmax(-1) for name in MEMBERS])
         return weights.double() @ (logp_KV if over == "logprob" else logp_KV.exp())
 
-    answers = mix_generate(
-        world.stack(), words(), MEMBERS, PROMPTS, GREEDY, weights=weights.tolist(), over=over  # type: ignore[arg-type]
-    )  # fmt: skip
+    mix = Mix.of(MEMBERS, weights.tolist(), over)  # type: ignore[arg-type]
+    answers = mix.answer(world.stack(), words(), PROMPTS, GREEDY)
     assert [answer.ids for answer in answers] == [greedy(next_logits, prompt, GREEDY) for prompt in PROMPTS]
-    alone = mix_generate(world.stack(), words(), MEMBERS[:1], PROMPTS, GREEDY)
+    alone = Mix.of(MEMBERS[:1]).answer(world.stack(), words(), PROMPTS, GREEDY)
     assert [answer.ids for answer in answers] != [answer.ids for answer in alone]

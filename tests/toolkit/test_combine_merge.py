@@ -14,9 +14,10 @@ from tests.combined_world import in_peft, random_adapters, stacked_logits
 from tests.stacked_world import TOLERANCE, World, make_base, off, some_rows, worn
 from toolkit.adapters.reft import orthonormal
 from toolkit.combine import sparse
-from toolkit.combine.merge import KIND_METHODS, merge
+from toolkit.combine.merge import merge
 from toolkit.combine.sparse import SPARSE
 from toolkit.errors import AdapterError, InputError
+from toolkit.recipe.combine import MERGES
 from toolkit.recipe.model import Embedding, Lora, Prefix, Reft
 from toolkit.stack.adapter import Adapter, new_adapter, read_adapter, write_adapter
 from toolkit.stack.lora import scale_of
@@ -347,5 +348,5 @@ def test_what_was_asked_wrongly_is_said(options: dict[str, Any], says: str) -> N
 
 
 def test_every_kind_says_what_it_can_do() -> None:
-    assert KIND_METHODS["lora"] == ("exact", "svd", "linear", *SPARSE)
-    assert KIND_METHODS["reft"] == ("exact",)
+    assert MERGES["lora"] == ("exact", "svd", "linear", *SPARSE)
+    assert MERGES["reft"] == ("exact",)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.combined_world import GREEDY, PROMPTS, words
 from tests.stacked_world import World, make_base, off, padded, some_rows
-from toolkit.combine.mix import Mix, Mixture, mix_generate, mixed, mixed_logits
+from toolkit.combine.mix import Mix, Mixture, mixed, mixed_logits
 from toolkit.combine.rows import answering
 from toolkit.errors import InputError, MaltuError
 from toolkit.generate import Sampling, generate, stream
@@ -142,7 +142,7 @@ class TestDecoding:
         """With a repetition penalty too, which depends on where logits lie."""
         sampling = Sampling(temperature=1.3, top_k=40, max_tokens=9, seed=11, repetition_penalty=penalty)
         weights = {"lora": 0.0, "lora-7": 2.0, "prefix-2": 0.0}
-        answers = mix_generate(world.stack(), words(), list(weights), PROMPTS, sampling, weights=weights, over=over)
+        answers = Mix.of(list(weights), weights, over).answer(world.stack(), words(), PROMPTS, sampling)
         world.alone("lora-7", torch.tensor(PROMPTS[0]))
         plain = generate(world._alone["lora-7"], words(), PROMPTS, sampling)
         assert answers == plain
@@ -152,7 +152,7 @@ class TestDecoding:
         row = torch.tensor(PROMPTS[0])
         wanted = mixed(torch.stack([world.alone(name, row)[-1] for name in TRIO]), over="prob").exp()
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1)
-        answers = mix_generate(world.stack(), words(), TRIO, [PROMPTS[0]] * 3000, sampling, over="prob")
+        answers = Mix.of(TRIO, how="prob").answer(world.stack(), words(), [PROMPTS[0]] * 3000, sampling)
         found = torch.zeros(96)
         for answer in answers:
             found[answer.ids[0] if answer.ids else 2] += 1 / len(answers)
@@ -169,7 +169,7 @@ class TestDecoding:
     def test_the_base_may_be_a_member_and_weights_decide(self, world: World) -> None:
         stack = world.stack()
         one, other = (
-            mix_generate(stack, words(), ["lora", None], PROMPTS, GREEDY, weights={"lora": 1.0, "base": one})
+            Mix.of(["lora", None], {"lora": 1.0, "base": one}).answer(stack, words(), PROMPTS, GREEDY)
             for one in (0.0, 50.0)
         )
         plain = generate(make_base(), words(), PROMPTS, GREEDY)
@@ -178,11 +178,11 @@ class TestDecoding:
     def test_dropout_is_off_and_no_gradient_is_kept_while_it_answers(self, world: World) -> None:
         stack = world.stack(["lora"])
         stack.add("prefix", world.folders["prefix"], learns=True)
-        plain = mix_generate(stack, words(), ["lora", "prefix"], PROMPTS, GREEDY)
+        plain = Mix.of(["lora", "prefix"]).answer(stack, words(), PROMPTS, GREEDY)
         for module in stack.base.train().modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.9
-        assert mix_generate(stack, words(), ["lora", "prefix"], PROMPTS, GREEDY) == plain
+        assert Mix.of(["lora", "prefix"]).answer(stack, words(), PROMPTS, GREEDY) == plain
         with answering(stack, ["lora", "prefix"], Mixture, weights=(0.5, 0.5), over="prob") as opened:
             assert not any(layer.keys.requires_grad for layer in opened.start(2).kept.layers)
 
@@ -190,7 +190,7 @@ class TestDecoding:
         stack = world.stack()
         with answering(stack, TRIO, Mixture, weights=(0.2, 0.3, 0.5), over="logprob") as opened:
             pieces = list(stream(opened, words(), PROMPTS[0], GREEDY))
-        answer = mix_generate(stack, words(), TRIO, PROMPTS[:1], GREEDY, weights=[0.2, 0.3, 0.5])[0]
+        answer = Mix.of(TRIO, [0.2, 0.3, 0.5]).answer(stack, words(), PROMPTS[:1], GREEDY)[0]
         assert "".join(pieces) == answer.text and len(pieces) > 1
 
     def test_kept_positions_are_mixed_as_last_ones_are(self, world: World) -> None:
@@ -207,15 +207,15 @@ class TestDecoding:
     def test_a_prefix_takes_its_room_from_the_context(self, world: World) -> None:
         long = some_rows(1, 61)[0].tolist()
         with pytest.raises(InputError, match="the base holds 60"):
-            mix_generate(world.stack(), words(), ["lora", "prefix"], [long], GREEDY)
-        assert len(mix_generate(world.stack(), words(), ["lora", "reft"], [long], GREEDY)[0].ids) <= 3
+            Mix.of(["lora", "prefix"]).answer(world.stack(), words(), [long], GREEDY)
+        assert len(Mix.of(["lora", "reft"]).answer(world.stack(), words(), [long], GREEDY)[0].ids) <= 3
 
     @pytest.mark.parametrize("base", ["gemma3", "gpt2"])
     def test_it_decodes_past_a_sliding_window_and_on_other_families(self, base: str, tmp_path: Path) -> None:
         """Against the whole row computed anew for each token."""
         world = World(tmp_path / "adapters", base)
         prompt, sampling = some_rows(1, 28)[0].tolist(), Sampling(temperature=0.0, max_tokens=8)
-        answer = mix_generate(world.stack(), words(), ["lora", "lora-7", "reft"], [prompt], sampling)[0]
+        answer = Mix.of(["lora", "lora-7", "reft"]).answer(world.stack(), words(), [prompt], sampling)[0]
         ids = list(prompt)
         for token in answer.ids:
             stacked = torch.stack([world.alone(name, torch.tensor(ids))[-1] for name in ("lora", "lora-7", "reft")])
@@ -226,9 +226,9 @@ class TestDecoding:
     def test_prefixes_are_not_pushed_out_of_a_sliding_window_by_padding(self, tmp_path: Path) -> None:
         stack = World(tmp_path / "adapters", "gemma3").stack()
         prompts, sampling = [some_rows(1, n)[0].tolist() for n in (19, 26, 26)], Sampling(temperature=0.0, max_tokens=9)
-        together = mix_generate(stack, words(), ["prefix", "lora"], prompts, sampling)
+        together = Mix.of(["prefix", "lora"]).answer(stack, words(), prompts, sampling)
         for prompt, answer in zip(prompts, together, strict=True):
-            assert mix_generate(stack, words(), ["prefix", "lora"], [prompt], sampling)[0] == answer
+            assert Mix.of(["prefix", "lora"]).answer(stack, words(), [prompt], sampling)[0] == answer
 
     def test_weights_that_are_no_numbers_are_named(self, world: World) -> None:
         stack = world.stack(["lora"])
@@ -238,4 +238,4 @@ class TestDecoding:
         for leaf in stack.learning("망가짐").values():
             leaf.detach().fill_(math.nan)
         with pytest.raises(MaltuError, match="no numbers"):
-            mix_generate(stack, words(), ["lora", "망가짐"], PROMPTS, GREEDY)
+            Mix.of(["lora", "망가짐"]).answer(stack, words(), PROMPTS, GREEDY)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.combined_world import GREEDY, PROMPTS, words
 from tests.stacked_world import World
-from toolkit.combine.mix import mix_generate
+from toolkit.combine.mix import Mix
 from toolkit.combine.vote import VoteOfAnswers, first_best, majority, normalised, vote_labels
 from toolkit.errors import InputError, MaltuError
 from toolkit.generate import Sampling
@@ -177,19 +177,19 @@ def test_the_answer_is_what_most_members_say_alone(world: World, tmp_path: Path)
     stack.add("또", world.folders["reft"])
     for members in (["lora", "reft", "또"], ["reft", "lora", "또"]):
         answers = VoteOfAnswers.of(members).answer(stack, words(), PROMPTS, GREEDY)
-        assert answers == mix_generate(stack, words(), ["reft"], PROMPTS, GREEDY)
-    assert answers != mix_generate(stack, words(), ["lora"], PROMPTS, GREEDY)
+        assert answers == Mix.of(["reft"]).answer(stack, words(), PROMPTS, GREEDY)
+    assert answers != Mix.of(["lora"]).answer(stack, words(), PROMPTS, GREEDY)
 
 
 def test_members_that_end_early_leave_the_others_their_own_adapters(world: World) -> None:
     """Each member's answer, in a batch with the others, is that of itself alone."""
     names = ["lora", "prefix", "lora-7", "embedding", None]
     stack, sampling = world.stack(), Sampling(temperature=0.0, max_tokens=12)
-    first = mix_generate(stack, words(), ["lora"], PROMPTS, sampling)
+    first = Mix.of(["lora"]).answer(stack, words(), PROMPTS, sampling)
     sampling = replace(
         sampling, stop=tuple(f"말{answer.ids[place]}" for answer, place in zip(first, (2, 5, 8), strict=True))
     )
-    alone = {name: mix_generate(stack, words(), [name], PROMPTS, sampling) for name in names}
+    alone = {name: Mix.of([name]).answer(stack, words(), PROMPTS, sampling) for name in names}
     for place, name in enumerate(names):
         weights = [1.0 + (number == place) * 9 for number in range(len(names))]
         assert VoteOfAnswers.of(names, weights).answer(stack, words(), PROMPTS, sampling) == alone[name]

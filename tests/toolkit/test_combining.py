@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from toolkit.bundle import Run
 from toolkit.chat import Conversation
 from toolkit.combine.gate import Gate, gated
 from toolkit.combine.merge import merge
-from toolkit.combine.mix import mix_generate
+from toolkit.combine.mix import Mix
 from toolkit.combine.speaker import open_speaker, speaks
 from toolkit.corpus.known import mark
 from toolkit.corpus.talk import Turn
@@ -26,6 +27,7 @@ from toolkit.generate import Sampling, generate
 from toolkit.loaded import load_run
 from toolkit.recipe.read import read_recipe
 from toolkit.steps import INTERRUPTED, Options
+from toolkit.track import read_metrics
 
 place = _place
 GREEDY = Sampling(temperature=0.0, max_tokens=6)
@@ -68,9 +70,8 @@ def test_a_mix_answers_as_the_mixture_does_and_no_single_model_stands_for_it(pla
         load_run(run.path, "cpu")
     speaker, loaded = open_speaker(run.path, "cpu")
     prompt = loaded.renderer.prompt(ASKED)
-    wanted = mix_generate(
-        speaker.stack, loaded.base.tokenizer, ["casual", "polite"], [prompt], GREEDY, [0.75, 0.25], "prob"
-    )
+    mix = Mix.of(["casual", "polite"], [0.75, 0.25], "prob")
+    wanted = mix.answer(speaker.stack, loaded.base.tokenizer, [prompt], GREEDY)
     assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
     assert chat_with(run).strip() == wanted[0].text.strip()
     alone = load_run(run.path, "cpu", "polite")
@@ -165,7 +166,7 @@ def test_a_bag_votes_and_knows_itself_by_what_it_left_out(place: Path) -> None:
     assert facts["combination"]["verdict"]["n"] == facts["data"]["parts"]["test"]
     speaker, loaded = open_speaker(run.path, "cpu")
     prompt = loaded.renderer.prompt(ASKED)
-    wanted = mix_generate(speaker.stack, loaded.base.tokenizer, run.adapters(), [prompt], GREEDY)
+    wanted = Mix.of(run.adapters()).answer(speaker.stack, loaded.base.tokenizer, [prompt], GREEDY)
     assert speaker.answer([ASKED], GREEDY)[0].ids == wanted[0].ids
 
 
@@ -259,6 +260,25 @@ def test_an_existing_adapter_that_does_not_fit_is_told_before_anybody_is_trained
     (first.path / "learned.json").unlink()
     with pytest.raises(RecipeError, match="does not say what it learned"):
         train(place, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combine", ["{kind: gate, epochs: 1}", "{kind: boost, rounds: 2}"])
+def test_everybodys_losses_are_written_and_drawn(place: Path, combine: str) -> None:
+    """A curve each in metrics.jsonl and on the page, for trackers too."""
+    path = write_recipe(place, combine, "none" if "boost" in combine else "")
+    path.write_text(path.read_text(encoding="utf-8").replace("track: []", "track: [tensorboard]"), encoding="utf-8")
+    run = train(place, path)
+    lines = read_metrics(run.path)
+    names = Counter(name for line in lines for name in line)
+    learned = run.adapters() if "boost" in combine else ("casual", "polite")
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    for name in learned:
+        assert names[f"loss/{name}"] == 8 and names[f"valid_loss/{name}"] >= 1
+        assert f">{name}<" in page
+    assert ("gate/loss" in names) == ("gate" in combine)
+    assert any(name.startswith("test/") for name in lines[-1])
+    assert 'id="curves"' in page and list((run.path / "tensorboard").glob("events*"))
 
 
 def test_torchrun_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,12 @@
 """Labels by log-likelihood, compared with gold labels and with what needs no language model."""
 
-import functools
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from toolkit.corpus.render import Renderer
+from tests.mini_world import base, base_folder, renderer
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import DataError
 from toolkit.evaluate.baselines import baselines, majority, naive_bayes
@@ -25,28 +22,6 @@ from toolkit.evaluate.classify import (
 from toolkit.shipped import shipped
 
 LABELS = ("친구", "상담원", "선생님 말투")
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_folder())
-
-
-@functools.cache
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
-
-
-@functools.cache
-def renderer() -> Renderer:
-    return Renderer(tokenizer(), tokenizer().chat_template, max_length=512)
 
 
 def labelled(text: str, label: str | None) -> Talk:

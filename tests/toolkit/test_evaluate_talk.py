@@ -1,6 +1,5 @@
 """Held-out loss by hand, answers to fixed prompts, and what is written about them."""
 
-import functools
 import json
 import math
 import unicodedata
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolkit.corpus.render import Rendered, Renderer
+from tests.mini_world import base, renderer, tokenizer
+from toolkit.corpus.render import Rendered
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import DataError
 from toolkit.evaluate.talk import (
@@ -27,28 +26,6 @@ from toolkit.evaluate.talk import (
 )
 from toolkit.generate import Sampling
 from toolkit.shipped import shipped
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_folder())
-
-
-@functools.cache
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
-
-
-@functools.cache
-def renderer() -> Renderer:
-    return Renderer(tokenizer(), tokenizer().chat_template, max_length=512)
 
 
 def talk(*said: str) -> Talk:

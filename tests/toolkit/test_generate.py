@@ -1,15 +1,12 @@
 """A batch equals its rows alone, noise belongs to a row, and the sampler keeps what it is told to keep."""
 
-import functools
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,10 +16,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.mini_world import base as spoken_mini
+from tests.mini_world import base_folder, tokenizer
 from toolkit.adapters.opened import measuring
 from toolkit.errors import InputError, MaltuError
 from toolkit.generate import Sampling, end_ids, generate, stream
-from toolkit.shipped import shipped
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 PROMPTS = [
@@ -31,23 +29,6 @@ PROMPTS = [
     "I missed the bus by two seconds and it is raining. What now?",
     "심심해 죽겠다 진짜로",
 ]
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_folder())
-
-
-@functools.cache
-def spoken_mini() -> Any:
-    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
 
 
 def tiny_llama() -> Any:

@@ -1,29 +1,16 @@
 """Text as it comes: no piece breaks a character, no stop string leaks, whatever the tokenizer."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from toolkit.shipped import shipped
+from tests.mini_world import tokenizer
 from toolkit.writing import Detokenizer, StopStrings
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_folder())
 
 
 def pieces_of(ids: list[int], reads: Any = None) -> list[str]:

@@ -1,7 +1,6 @@
 """Any file of texts and labels becomes prompts and words to answer with: its forms, what is missing, odd labels."""
 
 import csv
-import functools
 import json
 import unicodedata
 from collections.abc import Callable
@@ -12,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.mini_world import base, renderer
 from toolkit.corpus.gather import gather
 from toolkit.corpus.load import load_talks
 from toolkit.corpus.render import Renderer
@@ -29,7 +28,6 @@ from toolkit.evaluate.classify import (
 from toolkit.loaded import LoadedRun
 from toolkit.recipe.model import Clean, Data, Labels
 from toolkit.score import score
-from toolkit.shipped import shipped
 
 ROWS: list[dict[str, Any]] = [{"글": "재미있다", "답": 1}, {"글": "지루하다", "답": 0}, {"글": "또 볼래", "답": 1}]
 NAMED = Labels(text="글", label="답", names={"0": "부정", "1": "긍정"}, template="{text}\n감정:")
@@ -112,24 +110,6 @@ def test_a_label_in_two_forms_of_unicode_is_one_label(tmp_path: Path) -> None:
     corpus = gather(Data(train=(file,), valid=0, test=0, format=format, clean=clean), 0, None)
     assert label_set(tuple(corpus.train)) == ("긍정", "부정")
     assert all(talk.label == talk.turns[-1].content for talk in corpus.train)
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
-
-
-@functools.cache
-def renderer() -> Renderer:
-    tokenizer = AutoTokenizer.from_pretrained(base_folder())
-    return Renderer(tokenizer, tokenizer.chat_template, max_length=512)
 
 
 ASKED = [(Turn("user", "이 영화 어땠어?"),), (Turn("user", "환불해 주세요"),)]

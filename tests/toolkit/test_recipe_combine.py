@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from toolkit.check import show_many
-from toolkit.combine.merge import KIND_METHODS
 from toolkit.combine.methods import METHODS, names_of
 from toolkit.combine.sparse import SPARSE as DROPPING
 from toolkit.fit.plan import Place, Shape
@@ -137,7 +136,6 @@ def test_names_in_weights_are_read_in_nfc(tmp_path: Path) -> None:
 
 
 def test_the_methods_of_a_recipe_are_those_that_can_be_applied() -> None:
-    assert dict(MERGES) == {kind: tuple(methods) for kind, methods in KIND_METHODS.items()}
     assert set(SPARSE) == set(DROPPING)
     words = {"merge": Merge.model_fields["method"], "mix": Mix.model_fields["over"], "vote": Vote.model_fields["how"]}
     for kind, field in words.items():

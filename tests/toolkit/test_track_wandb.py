@@ -27,13 +27,22 @@ class Told:
         self.begun: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
         self.artifacts: list[Any] = []
+        self.axes: dict[str, str] = {}
+        self.steps: list[int | None] = []
         self.run = SimpleNamespace(
-            id="abc123", log=lambda values, step: self.logged.append(values), finish=lambda: None,
-            log_artifact=self.artifacts.append,
+            id="abc123", log=self.log, finish=lambda: None, step=0, log_artifact=self.artifacts.append,
+            define_metric=lambda name, step_metric: self.axes.update({name: step_metric}),
         )  # fmt: skip
         self.Settings = dict
         self.Html = str
         self.Table = lambda columns, data: {"columns": columns, "data": data}
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """As wandb does, steps only grow."""
+        assert step is None or step >= self.run.step
+        self.logged.append(values)
+        self.steps.append(step)
+        self.run.step = self.run.step + 1 if step is None else step
 
     def init(self, **told: Any) -> Any:
         self.begun = told
@@ -172,3 +181,18 @@ def test_sending_with_the_network_closed_ends_with_a_message(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert "Nothing is lost" in refused(str(run), "--timeout", "20")
+
+
+def test_members_that_count_their_own_steps_have_an_axis_of_their_own(tmp_path: Path, told: Told) -> None:
+    """wandb drops what comes for a step that is over."""
+    track = open_track(tmp_path, ("wandb",), config_of(INPUTS), 0, pytest.fail)
+    for name in ("round-1", "round-2"):
+        for step in (1, 2):
+            track.log(step, **{f"loss/{name}": 2.0})
+    track.log(2, **{"test/loss": 1.0})
+    track.text(2, "samples", "말")
+    track.close()
+    assert [one for one in told.logged if "loss/round-2" in one] == [
+        {"loss/round-2": 2.0, "own step": step} for step in (1, 2)
+    ]
+    assert told.axes["loss/*"] == "own step" and told.steps[-2:] == [4, 4]

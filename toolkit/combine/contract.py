@@ -8,6 +8,7 @@ tests/contracts/test_combine_contract.py is the conformance test; a new combinat
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -42,9 +43,15 @@ class Combination(ABC):
 
     @abstractmethod
     def answer(
-        self, stack: Stack, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        stack: Stack,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        ends: AbstractSet[int] | None = None,
     ) -> list[Answer]:
-        """Answer every prompt, in the order given, as `toolkit.generate.generate` does.
+        """Answer every prompt, in the order given, as `toolkit.generate.generate` does, which says what `ends` are.
 
         One member alone, or one that has all the weight, answers what its adapter alone would with the same sampling;
         the same call gives the same answers. Stack and base are left as they were.

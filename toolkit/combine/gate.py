@@ -193,7 +193,7 @@ class Reader:
 
     def __enter__(self) -> "Reader":
         """From here on the base is read."""
-        self._handles = [self._first.register_forward_pre_hook(self._begin)]
+        self._handles = [self._first.register_forward_pre_hook(lambda _, inputs: self.begin(inputs[0]))]
         for number, module in self._watched.items():
             self._handles.append(module.register_forward_pre_hook(self._read_of(number), with_kwargs=True))
         return self
@@ -215,16 +215,20 @@ class Reader:
             )
         return self.found[network]
 
-    def _begin(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._tokens = inputs[0].unsqueeze(-1)
+    def begin(self, ids_BT: Tensor) -> None:
+        """A pass over these tokens begins. Forward passes written by hand, which call no module, say so, and `read`."""
+        self._tokens = ids_BT.unsqueeze(-1)
         self.found.clear()
         self.probabilities.clear()
 
+    def read(self, number: int, x_BTH: Tensor) -> None:
+        """What network `number` reads: what enters its decoder layer, or the linear layer that `gate.reads` names."""
+        self.probabilities[number] = self.gate.probabilities(number, x_BTH)
+        self.found[number] = self.gate.kept(self.probabilities[number])
+
     def _read_of(self, number: int) -> Callable[..., None]:
         def read(_module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            x_BTH = inputs[0] if inputs else named["hidden_states"]
-            self.probabilities[number] = self.gate.probabilities(number, x_BTH)
-            self.found[number] = self.gate.kept(self.probabilities[number])
+            self.read(number, inputs[0] if inputs else named["hidden_states"])
 
         return read
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolkit.combine.contract import Given, numbers
-from toolkit.combine.methods import method_named, names_of
-from toolkit.combine.sparse import SPARSE
+from toolkit.combine.methods import method_named
 from toolkit.combine.summed import OTHER_BASE, SUMS, How, Member
 from toolkit.errors import AdapterError, InputError, Problem
+from toolkit.recipe.combine import MERGES, SPARSE
 from toolkit.stack.adapter import CHANGED_BASE, PEFT_REFUSALS, Adapter
 
 DENSITY = 0.5  # of the methods that drop numbers, where none is given
-KIND_METHODS = {"lora": names_of("merge"), "embedding": ("exact", "linear", *SPARSE), "reft": ("exact",)}
 MORE_REFUSALS = ("use_bdlora", "velora_config", "kasa_config", "monteclora_config")
 INSTEAD = "Combine them with mix or vote instead, which need nothing of their weights."
 
@@ -125,9 +124,9 @@ def _one_kind(adapters: Mapping[str, Adapter], method: str) -> str:
         )
     if kind not in SUMS:
         raise AdapterError(f"merge: adapters of kind {kind} have no sum. Use {', '.join(SUMS)}. {INSTEAD}")
-    if method not in KIND_METHODS[kind]:
+    if method not in MERGES[kind]:
         raise AdapterError(
-            f"merge: {method} is not defined for adapters of kind {kind}. Use {' or '.join(KIND_METHODS[kind])}."
+            f"merge: {method} is not defined for adapters of kind {kind}. Use {' or '.join(MERGES[kind])}."
         )
     for name, adapter in adapters.items():
         _refuse_unfit(name, adapter)

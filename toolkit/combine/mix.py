@@ -3,7 +3,9 @@
 # B prompts in a batch, K members, T new tokens, S tokens so far, N kept positions, V vocabulary.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -100,26 +102,28 @@ class Mix(Combination):
         names = called(members)
         return cls(tuple(members), shares(names, weights, may_be_negative=may_be_negative(how)), how)
 
-    def answer(
-        self, stack: Stack, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> list[Answer]:
-        """See Combination.answer. Cost: a row for each member that has weight, in one forward pass a token."""
+    @contextmanager
+    def opened(self, stack: Stack) -> Iterator[Mixture]:
+        """The members that have weight as one model: for generate, stream and score.
+
+        Raises: AdapterError when the stack lacks a member, one of weight 0 too.
+        """
         stack.owners(self.members)
         active = [place for place, weight in enumerate(self.weights.values) if weight]
-        members = [self.members[place] for place in active]
         values = tuple(self.weights.values[place] for place in active)
-        with answering(stack, members, Mixture, weights=values, over=self.how) as opened:
-            return generate(opened, tokenizer, prompts, sampling, batch_tokens=BATCH_TOKENS // len(members))
+        with answering(stack, [self.members[place] for place in active], Mixture, weights=values, over=self.how) as one:
+            yield one
 
-
-def mix_generate(
-    stack: Stack,
-    tokenizer: Any,
-    members: Sequence[str | None],
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    weights: Given = None,
-    over: Over = "logprob",
-) -> list[Answer]:
-    """Answer every prompt with a mixture of adapters of a stack, all members in one batch; see `Mix`."""
-    return Mix.of(members, weights, over).answer(stack, tokenizer, prompts, sampling)
+    def answer(
+        self,
+        stack: Stack,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        ends: AbstractSet[int] | None = None,
+    ) -> list[Answer]:
+        """See Combination.answer. Cost: a row for each member that has weight, in one forward pass a token."""
+        with self.opened(stack) as model:
+            room = BATCH_TOKENS // model.n_members
+            return generate(model, tokenizer, prompts, sampling, ends=ends, batch_tokens=room)

@@ -19,7 +19,7 @@ from toolkit.bases.load import LoadedBase
 from toolkit.bundle import Run, open_run
 from toolkit.combine.contract import Combination
 from toolkit.combine.gate import Gate, gated
-from toolkit.combine.mix import Mix, Mixture
+from toolkit.combine.mix import Mix
 from toolkit.combine.route import BASE, Choice, Router, choose
 from toolkit.combine.rows import Apart, answering
 from toolkit.combine.vote import VoteOfAnswers, majority
@@ -150,9 +150,7 @@ class Speaker:
             with gated(self.stack, self.gate) as model:
                 yield model
         elif isinstance(combination, Mix):
-            active = [name for name in spec.members if spec.weights.get(name)]
-            values = tuple(combination.weights.values[spec.members.index(name)] for name in active)
-            with answering(self.stack, active, Mixture, weights=values, over=combination.how) as model:
+            with combination.opened(self.stack) as model:
                 yield model
         else:
             says = f"a {spec.kind} ({spec.how}) has no next token: it is held over whole answers, or over labels."
@@ -171,8 +169,8 @@ class Speaker:
         prompts = [self.renderer.prompt(turns) for turns in conversations]
         ends = frozenset(self.renderer.stop_ids)
         combination = self._combination()
-        if isinstance(combination, VoteOfAnswers):
-            return combination.answer(self.stack, self.base.tokenizer, prompts, sampling)
+        if combination is not None:
+            return combination.answer(self.stack, self.base.tokenizer, prompts, sampling, ends=ends)
         if self.spec.kind != "route":
             with self.opened() as model:
                 return generate(model, self.base.tokenizer, prompts, sampling, ends=ends)
@@ -211,8 +209,7 @@ class Speaker:
             with self.alone(choice.expert) as model:
                 yield model
             return
-        values = tuple(choice.weights[name] for name in names)
-        with answering(self.stack, names, Mixture, weights=values, over="logprob") as model:
+        with Mix.of(names, [choice.weights[name] for name in names]).opened(self.stack) as model:
             yield model
 
     def _combination(self) -> Combination | None:

@@ -2,9 +2,11 @@
 
 # K members, R rows, L labels.
 
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -67,6 +69,24 @@ def vote_labels(loglik_KRL: Tensor, how: Vote = "soft", weights: Sequence[float]
     return Labels(first_best(probs_RL, TIED), probs_RL)
 
 
+def vote_probabilities(
+    said: Sequence[Sequence[Mapping[str, float]]], how: Vote = "soft", weights: Sequence[float] | None = None
+) -> list[dict[str, float]]:
+    """`vote_labels` of probabilities: `said` has for each member, of every row, the probability of each label.
+
+    Each label's share of the vote, in the order of the first member's labels. A probability of 0 counts as 1e-300.
+    Raises: as `vote_labels` does.
+    """
+    labels = list(said[0][0]) if said and said[0] else []
+    if not labels:
+        return []
+    loglik_KRL = torch.tensor(
+        [[[math.log(max(of[label], 1e-300)) for label in labels] for of in one] for one in said], dtype=torch.float64
+    )
+    probs_RL = vote_labels(loglik_KRL, how, weights).probs_RL
+    return [dict(zip(labels, row, strict=True)) for row in probs_RL.tolist()]
+
+
 def majority(answers: Sequence[str], weights: Sequence[float] | None = None) -> Majority:
     """The answer with the largest share of the weights, answers that are `normalised` alike counted together.
 
@@ -120,7 +140,13 @@ class VoteOfAnswers(Combination):
         return cls(tuple(members), shares(called(members), weights))
 
     def answer(
-        self, stack: Stack, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        stack: Stack,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        ends: AbstractSet[int] | None = None,
     ) -> list[Answer]:
         """See Combination.answer. Each member of weight 0 is left out. Cost: the prompts one after another, a row for
         each member, in one forward pass a token; where answers are sampled, each member draws noise of its own."""
@@ -131,6 +157,6 @@ class VoteOfAnswers(Combination):
         with answering(stack, [self.members[place] for place in active], Apart) as opened:
             for prompt in prompts:
                 room = len(active) * (len(prompt) + sampling.max_tokens)
-                said = generate(opened, tokenizer, [prompt] * len(active), sampling, batch_tokens=room)
+                said = generate(opened, tokenizer, [prompt] * len(active), sampling, ends=ends, batch_tokens=room)
                 found.append(said[majority([answer.text for answer in said], values).member])
         return found

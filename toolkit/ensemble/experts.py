@@ -20,7 +20,7 @@ from toolkit.errors import AdapterError, DataError, RecipeError, TrainingError
 from toolkit.fit.batches import Row
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Look, Setup, find_saved, fit_many
-from toolkit.fit.member import Learner, Member, is_sound
+from toolkit.fit.member import Learner, Member, is_sound, saved_step
 from toolkit.fit.plan import Plan, count_steps
 from toolkit.fit.prepare import place_here, shape_of
 from toolkit.fit.stackable import holds, name_of
@@ -66,11 +66,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What training asks and tells on its way: a line, whether to save and stop, and every step of all at once."""
+    """What training asks and tells on its way: a line, whether to save and stop, and every step of all at once.
+
+    begun: a member learns from this step on; what was told of it beyond did not last. looked: its held-out loss after a
+    step, told before that step. gate_begun, gate: the same of a gate; its `loss` and `valid_loss`.
+    """
 
     say: Callable[[str], None] = lambda line: None
     wants_stop: Callable[[], bool] = lambda: False
     watch: Callable[[Sequence[Seen]], None] = lambda seen: None
+    begun: Callable[[str, int], None] = lambda name, step: None
+    looked: Callable[[str, int, float], None] = lambda name, step, loss: None
+    gate_begun: Callable[[int], None] = lambda step: None
+    gate: Callable[[str, int, float], None] = lambda name, step, value: None
 
 
 def fit_members(
@@ -112,10 +120,9 @@ def read_fitted(run: Run, name: str) -> Fitted | None:
 
 
 def _open(tasks: Sequence[Task], crew: "_Crew") -> list[Task]:
-    """Those that are not done, and, where a stack has to go on, those that were done after its last checkpoint."""
+    """Those that are not done, and those that were done after the last checkpoint of a stack that was never done."""
     done = [task for task in tasks if read_fitted(crew.run, task.name) is not None]
-    is_begun = any(task not in done and holds(task.recipe) for task in tasks)
-    again = [task for task in done if is_begun and _after(crew.run, task.name) == crew.last_checkpoint()]
+    again = [task for task in done if _after(crew.run, task.name) == crew.last_checkpoint()]
     return [task for task in tasks if task not in done or task in again]
 
 
@@ -164,7 +171,9 @@ class _Crew:
 
     def looked(self, looks: Sequence[Look]) -> Collection[str]:
         """Nobody leaves for what the others have."""
-        self._valid |= {look.name: look.loss for look in looks}
+        for look in looks:
+            self._valid[look.name] = look.loss
+            self.hooks.looked(look.name, look.step, look.loss)
         return ()
 
     def left(self, name: str, fitted: Fitted, adapter: Adapter) -> None:
@@ -236,6 +245,7 @@ class _Crew:
         if saved is not None and not is_sound(saved):
             self.hooks.say(f"{task.name}: its checkpoint cannot be read, so it starts anew.")
             saved = None
+        self.hooks.begun(task.name, 0 if saved is None else saved_step(saved))
         return Member(task.name, task.recipe, plan, task.rows, task.valid, new_of(task, self.base), saved)
 
 
@@ -341,13 +351,17 @@ def _one_alone(crew: _Crew, task: Task) -> bool:
         disk.write_json(file, plan.facts())
     lesson = Lesson(task.recipe, plan, task.rows, (lambda model: mean_loss(model, task.valid)) if task.valid else None)
     held: dict[str, float] = {}
+    last = place.last_checkpoint()
+    crew.hooks.begun(task.name, int(last.name.removeprefix("step-")) if last else 0)
+
+    def looked(step: int, loss: float) -> None:
+        held["loss"] = loss
+        crew.hooks.looked(task.name, step, loss)
 
     def heard(step: int, loss: float, n_tokens: int) -> None:
         crew.hooks.watch([Seen(task.name, step, lesson.n_steps, loss, held.get("loss"), n_tokens)])
 
-    silent = Silent(
-        lesson.n_steps, crew.hooks.say, crew.hooks.wants_stop, heard, lambda step, loss: held.update(loss=loss)
-    )
+    silent = Silent(lesson.n_steps, crew.hooks.say, crew.hooks.wants_stop, heard, looked)
     fitted = fit_worn(worn, lesson, place, silent)
     if fitted.stopped == "asked":
         return False

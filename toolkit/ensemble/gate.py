@@ -53,7 +53,8 @@ class GateSetup:
 
     batch_size: conversations a step. packing: several of them in a row of a batch. every: epochs between evaluations.
     patience: evaluations in a row that bring nothing, None: all epochs. precision: of the forward pass, fp32 or bf16.
-    say: is told of every evaluation.
+    say: is told of every evaluation. begun: of the step that it goes on from, -1: from the start. log: of the `loss` of
+    every step, and the `valid_loss` of every evaluation.
     """
 
     limits: Limits
@@ -66,6 +67,8 @@ class GateSetup:
     patience: int | None = 3
     precision: str = "fp32"
     say: Callable[[str], None] = field(default=lambda line: None)
+    begun: Callable[[int], None] = field(default=lambda step: None)
+    log: Callable[[str, int, float], None] = field(default=lambda name, step, value: None)
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class _Training(_Pass):
         looks = (0, *evaluation_steps(per_epoch, self.total, self.setup.every)) if n_valid else ()
         rate = _rate_of(self.options.learning_rate, self.total)
         made_for = self._identity(len(rows), n_valid)
-        self._take_up(made_for)
+        self.setup.begun(self.progress.step if self._take_up(made_for) else -1)
         while True:
             if len(self.progress.losses) < sum(step <= self.progress.step for step in looks):
                 self._look(valid)
@@ -257,6 +260,7 @@ class _Training(_Pass):
         self.progress.step = step
         self.progress.n_tokens += sum(len(ids) for ids, _ in rows)
         self.progress.seconds += time.monotonic() - started
+        self.setup.log("loss", step, loss)
 
     def _learn(self, rows: Sequence[Row]) -> float:
         """The loss of a step; its gradient lies in the leaves."""
@@ -295,6 +299,7 @@ class _Training(_Pass):
         else:
             progress.bad += 1
         progress.seconds += time.monotonic() - started
+        self.setup.log("valid_loss", progress.step, loss)
         self.setup.say(f"gate: step {progress.step} of {self.total}, held-out loss {loss:.4f}")
 
     @property
@@ -332,11 +337,11 @@ class _Training(_Pass):
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - started
 
-    def _take_up(self, made_for: dict[str, Any]) -> None:
-        """Go on from the last whole checkpoint, if there is one."""
+    def _take_up(self, made_for: dict[str, Any]) -> bool:
+        """Go on from the last whole checkpoint; whether there is one."""
         whole = [path for path in sorted(self.setup.place.glob("gate-*")) if disk.is_whole(path)]
         if not whole:
-            return
+            return False
         try:
             state = json.loads((whole[-1] / STATE_FILE).read_text(encoding="utf-8"))
             others = [key for key, value in made_for.items() if state["made_for"].get(key) != value]
@@ -348,6 +353,7 @@ class _Training(_Pass):
             raise TrainingError(
                 f"{whole[-1]}: was saved by another training (other {', '.join(others)}). Start again with --fresh."
             )
+        return True
 
     def _restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         with torch.no_grad():

@@ -6,7 +6,7 @@ that exists already (`run:`) brings its talk along, and what it learned in its o
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -50,8 +50,8 @@ class Ground:
 
     shared: the run's recipe with the files of all of them. trained: learns here, on the shared base. found: has been
     trained before, in that run. apart: members of a vote on bases of their own, or whole models: runs of their own, to
-    be trained (a recipe) or there (a run). known: marks of talk that was learned outside this run. rows: rendered, in
-    the order of `corpus`.
+    be trained (a recipe; `own` is its talk) or there (a run). known: marks of talk that was learned outside this run.
+    rows: rendered, in the order of `corpus`.
     """
 
     recipe: Recipe
@@ -65,6 +65,7 @@ class Ground:
     base: LoadedBase
     renderer: Renderer
     rows: Rows
+    own: Mapping[str, Corpus] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,7 +165,8 @@ def open_ground(recipe: Recipe) -> Ground:
     trained = {name: one for name, one in named.items() if name not in apart}
     corpus = gather(shared.data, shared.train.seed, None)
     known = frozenset(one for run in found.values() for one in _learned_in(recipe, run))
-    known |= {one for name in apart for one in _learned_by(named[name])}
+    own = {name: gather(named[name].data, named[name].train.seed, None) for name in apart}  # each splits by itself
+    known |= {one for talk in own.values() for one in marks(talk.train)}
     corpus = _without(corpus, known)
     base = open_base(shared, corpus)
     renderer = make_renderer(shared, base)
@@ -176,15 +178,16 @@ def open_ground(recipe: Recipe) -> Ground:
     found = {name: run for name, run in found.items() if name not in apart}
     _refuse_talk(recipe, corpus)
     rows = render_rows(shared, renderer, corpus)
-    return Ground(recipe, shared, trained, found, apart, files, known, corpus, base, renderer, rows)
+    return Ground(recipe, shared, trained, found, apart, files, known, corpus, base, renderer, rows, own)
 
 
 def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[str, Run]]:
     """The recipe with every file of every expert, each once, without weights; the files of each; the runs named.
 
-    Raises: RunError for a run that is not there.
+    Raises: RecipeError for runs that are not there; RunError for one that cannot be read.
     """
     named = expert_recipes(recipe)
+    _refuse_gone(recipe, named)
     found = {name: bundle.open_run(Path(one)) for name, one in named.items() if not isinstance(one, Recipe)}
     files = {
         name: one.data.train_files if isinstance(one, Recipe) else _files_of(found[name]) for name, one in named.items()
@@ -196,6 +199,26 @@ def shared_of(recipe: Recipe) -> tuple[Recipe, dict[str, tuple[str, ...]], dict[
     own = tuple(dict.fromkeys(every))
     shared = union(recipe)
     return shared.model_copy(update={"data": shared.data.model_copy(update={"train": own})}), files, found
+
+
+def is_run(path: str) -> bool:
+    """Whether there is a run folder."""
+    return (Path(path) / bundle.RUN_FILE).exists()
+
+
+def _refuse_gone(recipe: Recipe, named: Mapping[str, Recipe | str]) -> None:
+    """Raise RecipeError with every expert that exists, and is not there."""
+    problems = [
+        Problem(
+            f"experts.{name}.run",
+            f"there is no run in {one} (no {bundle.RUN_FILE}), and it is read until this run is finished. Bring it back"
+            " to that place, or name another.",
+        )
+        for name, one in named.items()
+        if isinstance(one, str) and not is_run(one)
+    ]
+    if problems:
+        raise RecipeError(recipe.name, problems)
 
 
 def _refuse_formats(recipe: Recipe, found: Mapping[str, Run]) -> None:
@@ -236,11 +259,6 @@ def _learned_in(recipe: Recipe, run: Run) -> list[str]:
         says = f"{run.path} does not say what it learned ({file.name} is missing or damaged), so it might be judged by"
         says += " its own lessons. Train it again, or copy the whole run folder."
         raise RecipeError(recipe.name, [Problem("experts", says)]) from None
-
-
-def _learned_by(recipe: Recipe) -> list[str]:
-    """Marks of what a member that is a run of its own will learn: it splits its files by itself."""
-    return marks(gather(recipe.data, recipe.train.seed, None).train)
 
 
 def _without(corpus: Corpus, known: Collection[str]) -> Corpus:

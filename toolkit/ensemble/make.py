@@ -278,6 +278,8 @@ def _gate(shop: Workshop, stack: Stack, watched: Table, asked: words.Gate) -> tu
         ground.recipe.train.batch_size,
         precision=plan.precision if plan.precision in ("fp32", "bf16") else "fp32",
         say=shop.hooks.say,
+        begun=shop.hooks.gate_begun,
+        log=shop.hooks.gate,
     )
     made = train_gate(stack, ground.names, rows, held, asked, setup, shop.hooks.wants_stop)
     if made is None:

@@ -1,18 +1,15 @@
 """Members of a stack and their combination, as a judge measures them: each token is computed once for each member."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-
-import torch
 
 from toolkit.adapters.opened import Opened
 from toolkit.bases.load import LoadedBase
 from toolkit.combine.route import Choice
 from toolkit.combine.rows import Apart, answering
 from toolkit.combine.speaker import Speaker
-from toolkit.combine.vote import vote_labels
+from toolkit.combine.vote import vote_probabilities
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import RunError
@@ -25,7 +22,7 @@ from toolkit.loaded import LoadedLabeller, LoadedRun
 from toolkit.score import IGNORED, supervised_log_likelihoods
 from toolkit.stack.stack import Stack
 
-# K members, R rows, L labels.
+# R rows, L labels.
 
 Values = list[list[float]]  # for every row the log-likelihood of each supervised token
 
@@ -200,14 +197,9 @@ class Combined:
 
 
 def vote(table: Table, members: Sequence[str], how: str, weights: Mapping[str, float]) -> list[dict[str, float]]:
-    """What members vote of every talk's labels, as probabilities; see combine.vote.vote_labels."""
+    """What members vote of every talk's labels, as probabilities; see combine.vote."""
     said = [table.labelled(name) for name in members]
-    loglik_KRL = torch.tensor(
-        [[[math.log(max(of[label], 1e-300)) for label in table.labels] for of in one] for one in said],
-        dtype=torch.float64,
-    )
-    voted = vote_labels(loglik_KRL, how, [weights[name] for name in members])  # type: ignore[arg-type]
-    return [dict(zip(table.labels, row, strict=True)) for row in voted.probs_RL.tolist()]
+    return vote_probabilities(said, how, [weights[name] for name in members])  # type: ignore[arg-type]
 
 
 # Routing along a talk

@@ -82,7 +82,7 @@ def _mean_log_likelihoods(
     batch_tokens: int,
 ) -> list[list[float]]:
     """For every text the mean log-likelihood of the tokens of each label."""
-    ends = _ends_of(renderer, labels)
+    ends = label_ends(renderer, labels)
     prompts = [renderer.prompt(turns) for turns in texts]
     found = score(model, [(prompt, ends[label]) for prompt in prompts for label in labels], batch_tokens=batch_tokens)
     means = [sum(values) / len(values) for values in found]
@@ -226,8 +226,11 @@ def confusion_markdown(confusion: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ends_of(renderer: Renderer, labels: Sequence[str]) -> dict[str, list[int]]:
-    """The ids of each label. Raises: DataError with every label that is spelled like another one, or not at all."""
+def label_ends(renderer: Renderer, labels: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of each label as an answer, its end among them.
+
+    Raises: DataError with every label that is spelled like another one, or not at all.
+    """
     ends = {label: _label_ids(renderer, label) for label in labels}
     first: dict[tuple[int, ...], str] = {}
     problems = []

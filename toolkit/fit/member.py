@@ -204,6 +204,11 @@ def is_sound(folder: Path) -> bool:
         return False
 
 
+def saved_step(folder: Path) -> int:
+    """How many steps a sound saved learner has taken."""
+    return Progress(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))).step
+
+
 def _optimizer(
     member: Member, leaves: Mapping[str, Tensor], total: int
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:

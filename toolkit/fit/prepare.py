@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from toolkit.bases.load import LoadedBase, load_base
+from toolkit.bases.load import LoadedBase, LoadedTokenizer, load_base
 from toolkit.bases.new import new_model, train_tokenizer, windows
 from toolkit.corpus.gather import Corpus
 from toolkit.corpus.render import IGNORED, Learn, Rendered, Renderer
@@ -121,7 +121,7 @@ def shape_of(model: Any, context: int) -> Shape:
     return Shape(n_parameters, int(hidden), int(layers), int(config.vocab_size), context)
 
 
-def make_renderer(recipe: Recipe, base: LoadedBase) -> Renderer:
+def make_renderer(recipe: Recipe, base: LoadedBase | LoadedTokenizer) -> Renderer:
     """The renderer of this run. A base from scratch learns every token, the users' as well."""
     learn: Learn = "all" if is_new(recipe) else "assistant"
     length = max_length(recipe, base.context)

@@ -1,6 +1,7 @@
 """A recipe file in, a Recipe out; or one RecipeError with everything that is wrong, each with its line and remedy."""
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from toolkit.shipped import resolve
 
 MOST_PROBLEMS = 50
 MOST_PASSES = 4
-RECIPE_FILE = "recipe.yaml"  # of a run
+RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"  # of a run
 SECTIONS: tuple[Key, ...] = (
     ("base",),
     ("data",),
@@ -49,11 +50,19 @@ STAND_IN: dict[Key, Any] = {
 }
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True, to_choose: bool = False) -> Recipe:
+def read_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    to_run: bool = True,
+    to_choose: bool = False,
+    runs: Path | None = None,
+) -> Recipe:
     """The recipe in a file (or `maltu:recipes/NAME.yaml`), with `key=value` overrides laid over it.
 
     `to_run=False` leaves out what depends on this machine (files there, packages installed): for the recipe of a
-    run that is over, wherever its folder lies now. `to_choose` takes a recipe that names several bases. Raises
+    run that is over, wherever its folder lies now. `to_choose` takes a recipe that names several bases. `runs`: where
+    runs lie; where one of this name is finished, the runs that its experts were may be gone, for it holds them. Raises
     RecipeError with every problem at once. Loads no torch.
     """
     source = str(path)
@@ -61,7 +70,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tru
     lay_over(tree, overrides)
     if () in tree.spoiled:
         raise RecipeError(source, tree.problems)
-    recipe, found = check(tree, to_run)
+    recipe, found = check(tree, to_run, _finished(runs, tree.values.get("name")))
     if recipe is not None and isinstance(recipe.base, Candidates) and not to_choose:
         found.append(tree.problem(("base", "candidates"), refusal(source)))
     problems = sorted([*tree.problems, *found], key=_by_place)
@@ -72,11 +81,14 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tru
     return recipe
 
 
-def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe of a tree and what is wrong with it. Wrong values stand aside while the others are compared."""
+def check(tree: Tree, to_run: bool, finished: Path | None = None) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe of a tree and what is wrong with it. Wrong values stand aside while the others are compared.
+
+    finished: the folder of a run of this name that is finished.
+    """
     values, spoiled = copy.deepcopy(tree.values), {_whole(key) for key in tree.spoiled}
     _leave_out_empty_sections(values)
-    _take_talk_of_experts(values)
+    _take_talk_of_experts(values, finished)
     for key in sorted(spoiled, key=len):
         _stand_in(values, key)
     problems: list[Problem] = []
@@ -95,7 +107,7 @@ def check(tree: Tree, to_run: bool) -> tuple[Recipe | None, list[Problem]]:
                 break
         else:
             of_many = (*misfits_of_experts(recipe), *misfits_of_combine(recipe))
-            against = [*clashes(recipe), *misfits(recipe), *of_many, *(lacks(recipe) if to_run else ())]
+            against = [*clashes(recipe), *misfits(recipe), *of_many, *(lacks(recipe, finished) if to_run else ())]
             sound = [one for one in against if _is_sound(one, spoiled)]
             return recipe, problems + [tree.problem(parts_of(one.at), one.says) for one in sound]
     return None, problems
@@ -111,15 +123,31 @@ def _leave_out_empty_sections(values: dict[str, Any]) -> None:
             del section[name]
 
 
-def _take_talk_of_experts(values: dict[str, Any]) -> None:
+def _finished(runs: Path | None, name: object) -> Path | None:
+    """The folder of a run of this name, where it is finished."""
+    if runs is None or not isinstance(name, str):
+        return None
+    try:
+        told = json.loads((runs / name / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return runs / name if isinstance(told, dict) and told.get("status") == "finished" else None
+
+
+def _take_talk_of_experts(values: dict[str, Any], finished: Path | None) -> None:
     """Without data.train, where every expert that is trained names its own files, all of them are the recipe's; where
-    all are runs that exist, those files that they learned from and that are here."""
+    all are runs that exist, those files that they learned from and that are here, or were when the run was finished.
+    """
     experts, data = values.get("experts"), values.get("data", {})
     if not isinstance(experts, dict) or not isinstance(data, dict) or "train" in data:
         return
     own = [one for one in experts.values() if not (isinstance(one, dict) and "run" in one)]
     if experts and not own:
-        learned = [name for one in experts.values() for name in _learned_by(one["run"])]
+        gone = finished is not None and not all(
+            os.path.isfile(os.path.join(str(one["run"]), RUN_FILE)) for one in experts.values()
+        )
+        named = [str(finished)] if gone else [one["run"] for one in experts.values()]
+        learned = [name for run in named for name in _learned_by(run)]
         values["data"] = {**data, **({"train": [*dict.fromkeys(learned)]} if learned else {})}
     if own and all(isinstance(one, dict) and names_files(one) for one in own):
         lists = [one["data"]["train"] for one in own if isinstance(one["data"]["train"], list)]

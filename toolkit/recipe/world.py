@@ -24,12 +24,14 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 PATH_SIGNS = ("./", "../", "/", "~", ".\\", "..\\")
 
 
-def lacks(recipe: Recipe) -> Iterator[Clash]:
-    """What the recipe names and this machine lacks; files that would be learned and be the judge of it."""
+def lacks(recipe: Recipe, finished: Path | None = None) -> Iterator[Clash]:
+    """What the recipe names and this machine lacks; files that would be learned and be the judge of it. A run that is
+    finished holds what it took over from other runs: those may be gone.
+    """
     yield from _packages(recipe)
     yield from _base(recipe)
     yield from _storage(recipe)
-    yield from _of_experts(recipe)
+    yield from _of_experts(recipe, finished)
     lists = [*_file_lists(recipe), *_file_lists_of_experts(recipe)]
     for at, name in lists:
         yield from _file(at, name)
@@ -134,13 +136,15 @@ def _on_tied(recipe: Recipe) -> Iterator[Clash]:
         yield Clash("adapter.options.trainable_token_indices", says, needs)
 
 
-def _of_experts(recipe: Recipe) -> Iterator[Clash]:
+def _of_experts(recipe: Recipe, finished: Path | None) -> Iterator[Clash]:
     """Runs that are not there, and what the bases and adapters of experts lack."""
     seen: dict[str, str] = {}
     for name, own in (recipe.experts or {}).items():
         if isinstance(own.get("run"), str) and own["run"]:
             place, folder = ("experts", name, "run"), os.path.expanduser(own["run"])
             first = seen.setdefault(os.path.realpath(folder), name)
+            if finished is not None and not os.path.isfile(os.path.join(folder, "run.json")):
+                continue
             if not os.path.isdir(folder):
                 guess = did_you_mean(nearest_file(Path(folder)))
                 yield Clash(place, f"there is no run {shown(own['run'])}{guess or f' in {Path.cwd()}'}")

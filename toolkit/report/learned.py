@@ -1,14 +1,21 @@
 """How the loss went while a run learned."""
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 
-from toolkit.report.chart import Line, chart
-from toolkit.report.markup import EMPTY, paragraph, section
+from toolkit.report.chart import N_COLORS, Line, chart
+from toolkit.report.markup import EMPTY, paragraph, section, under
 from toolkit.report.seen import Seen
-from toolkit.report.words import Say, counted, number, span, told, within
+from toolkit.report.words import Say, counted, number, same, shortened, span, told, within
 
 STEP = Say("optimizer step", "학습 단계")
 LOSS = Say("loss (nats a token)", "손실(토큰당 nat)")
+MOST_LINES = 12  # in one drawing
+OF_EACH = (
+    ("valid_loss/", Say("Held-out loss while learning", "배우는 동안 남겨 둔 손실")),
+    ("loss/", Say("Loss while learning", "배우는 동안의 손실")),
+)
 ENDS = {
     "done": Say("all steps were taken", "끝까지 배웠습니다"),
     "early": Say(
@@ -20,6 +27,8 @@ ENDS = {
 def curves_section(seen: Seen) -> Markup:
     """Loss and held-out loss by step; what came of it in a sentence. Nothing where no step was written down."""
     learned, watched = seen.points("loss"), seen.points("valid_loss")
+    if seen.learners():
+        return _curves_of_several(seen)
     if not learned and not watched:
         return EMPTY
     fit = within(seen.facts, "fit")
@@ -40,6 +49,31 @@ def curves_section(seen: Seen) -> Markup:
         paragraph(note, "note") if many else EMPTY,
         _best(seen) if number(fit.get("best_step")) is not None else EMPTY,
     )
+
+
+def _curves_of_several(seen: Seen) -> Markup:
+    """A curve for each that learned: held out, then while learning; and of a gate that learned after them."""
+    names = seen.learners()
+    shown = names[:MOST_LINES]
+    drawn = [
+        *(_one_each(seen, shown, prefix, says) for prefix, says in OF_EACH),
+        _one_each(seen, ["loss", "valid_loss"], "gate/", Say("The gate", "게이트")),
+    ]
+    n = len(names) - len(shown)
+    rest = Say(f"{n} more are in metrics.jsonl.", f"나머지 {n}개는 metrics.jsonl에 있습니다.")
+    says = Say("Every curve counts its own steps.", "곡선마다 자기 단계를 셉니다.")
+    note = paragraph(rest, "note") if n else EMPTY
+    return section("curves", Say("How the loss went", "손실의 움직임"), paragraph(says, "note"), *drawn, note)
+
+
+def _one_each(seen: Seen, names: Sequence[str], prefix: str, says: Say) -> Markup:
+    lines = [
+        Line(shortened(name, 60), points, at + 1, is_dashed=at >= N_COLORS)
+        for at, name in enumerate(names)
+        if (points := seen.points(prefix + name))
+    ]
+    ends = ", ".join(f"{same(line.name).en} {line.points[-1][1]:.3f}" for line in lines)
+    return under(says, chart(lines, STEP, LOSS, says + Say(f"; at the end: {ends}.", f"; 끝에서: {ends}.")))
 
 
 def curve_caption(seen: Seen) -> Say:

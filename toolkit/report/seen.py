@@ -17,6 +17,7 @@ from toolkit.report.words import number, within, within_list
 from toolkit.track import read_metrics
 
 REQUIRED = "\0required"  # stands for what a key is that has to be written
+CURVES = ("loss/", "valid_loss/")  # names of numbers of one that learned beside others
 TOLD = ("inputs", "data", "fit", "results", "surroundings")
 
 
@@ -64,6 +65,11 @@ class Seen:
         found = ((number(line.get("step")), number(line.get(name))) for line in self.metrics)
         return sorted((step, value) for step, value in found if step is not None and value is not None)
 
+    def learners(self) -> list[str]:
+        """Those of several that learned side by side, in the order in which they began."""
+        names = dict.fromkeys(name for line in self.metrics for name in line if name.startswith(CURVES))
+        return list(dict.fromkeys(name.partition("/")[2] for name in names))
+
     def samples(self, of: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The answers that were measured."""
         return [one for one in within_list(of, "samples") if "answer" in one]
@@ -79,12 +85,29 @@ def see(run: Run) -> Seen:
     """Read a finished run. Raises: RunError for one that is not finished, or damaged."""
     facts = run.finished(*TOLD)
     try:
-        metrics = [line for line in read_metrics(run.path) if isinstance(line, dict)]
+        metrics = [line for path in (run.path, *_own_runs(run)) for line in _lines(run.path, path)]
         trials = _trials(run)
     except (OSError, ValueError, csv.Error) as damaged:
         says = "metrics.jsonl or search/trials.csv cannot be read"
         raise RunError(f"{run.path}: {says} ({damaged}). Restore it from a copy.") from damaged
     return Seen(run.path, run.name, facts, metrics, trials, _changed(run))
+
+
+def _own_runs(run: Run) -> list[Path]:
+    """Members on bases of their own, which learned as runs inside this one."""
+    return sorted(folder.parent for folder in (run.path / "experts").glob("*/metrics.jsonl"))
+
+
+def _lines(whole: Path, path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; of a run inside another its losses, under its name."""
+    lines = [line for line in read_metrics(path) if isinstance(line, dict)]
+    if path == whole:
+        return lines
+    names = {"loss": f"loss/{path.name}", "valid_loss": f"valid_loss/{path.name}"}
+    found = [
+        {"step": line.get("step")} | {names[name]: of for name, of in line.items() if name in names} for line in lines
+    ]
+    return [line for line in found if len(line) > 1]
 
 
 def _trials(run: Run) -> list[dict[str, str]]:

@@ -15,6 +15,8 @@ RUN_ID = "wandb/run_id"  # in the run folder: the wandb run that this run goes o
 START_SECONDS = 10.0
 UPLOAD_SECONDS = 300.0  # how long a run that sends an artifact may take to end
 SERVER = "https://api.wandb.ai"
+OWN_STEP = "own step"  # the x axis of the curves of several that learn at once
+OF_SEVERAL = ("loss/", "valid_loss/", "gate/")  # how the names of such numbers begin
 
 
 class Wandb:
@@ -46,21 +48,30 @@ class Wandb:
             mode=mode,
             settings=settings,
         )
+        self._has_own_steps = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of history."""
-        self._run.log(dict(values), step=step)
+        """One row of history. wandb's steps only grow, while of several that learn each counts its own: theirs stand
+        beside the numbers."""
+        if not any(name.startswith(OF_SEVERAL) for name in values):
+            self._run.log(dict(values), step=self._at(step))
+            return
+        if not self._has_own_steps:
+            self._has_own_steps = True
+            for name in OF_SEVERAL:
+                self._run.define_metric(f"{name}*", step_metric=OWN_STEP)
+        self._run.log({**values, OWN_STEP: step})
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text as HTML."""
         import html
 
-        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=self._at(step))
 
     def table(self, step: int, name: str, cells: Cells) -> None:
         """A table as wandb's."""
         rows = [list(row) for row in cells.rows]
-        self._run.log({name: self._wandb.Table(columns=list(cells.columns), data=rows)}, step=step)
+        self._run.log({name: self._wandb.Table(columns=list(cells.columns), data=rows)}, step=self._at(step))
 
     def files(self, name: str, folder: Path) -> None:
         """What was trained, as an artifact of type model, where the recipe asks for it."""
@@ -70,6 +81,10 @@ class Wandb:
         artifact = self._wandb.Artifact(f"{plain}-{self._run.id}", type="model", metadata={"name": name})
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact)
+
+    def _at(self, step: int) -> int:
+        """A step that wandb takes: with own steps beside numbers its own is the number of rows so far."""
+        return max(step, self._run.step) if self._has_own_steps else step
 
     def close(self) -> None:
         """End the run."""

@@ -1,24 +1,21 @@
 """An opened model equals PEFT's own forward and generate for every way an adapter can sit in a model."""
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
 )
 
+from tests.mini_world import base_folder, tokenizer
 from toolkit.adapters.opened import measuring, open_model
 from toolkit.errors import AdapterError
 from toolkit.generate import Sampling, generate
-from toolkit.shipped import shipped
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -30,18 +27,6 @@ pytestmark = [
 
 KINDS = ["lora", "prefix", "prefix_projection", "prompt_tuning", "p_tuning", "ia3"]
 GREEDY = Sampling(temperature=0.0, max_tokens=10)
-
-
-def base_folder() -> Path:
-    folder = shipped("base/spoken-mini")
-    if not (folder / "config.json").is_file():
-        pytest.skip("data/base/spoken-mini is not there yet")
-    return folder
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_folder())
 
 
 def worn(kind: str) -> Any:
