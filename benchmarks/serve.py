@@ -9,6 +9,8 @@ NAME-a7.gguf in FOLDER, f32); without them it is left out.
 (serve_load.py). Contestants, interleaved in every round, those that are not measured stopped:
   base            our server, no adapter
   adapters        our server, 8 LoRA runs of rank 16 in turn
+  modules[-adapters]  the same two with --forward modules, where --modules asks for them: transformers' modules in place
+                  of our own forward pass
   transformers    transformers serve --continuous-batching, on the base (it has no adapters)
   peft-names      PEFT's adapter_names in a plain loop over one static batch, no HTTP
   llama[-adapters]  llama.cpp's server, on the base, and with 8 adapters in flight
@@ -139,7 +141,7 @@ def contest(results: dict[str, Any], world: World, asked: argparse.Namespace) ->
     """All cases on one base; results are kept after every round."""
     sizes = (8, 8) if asked.tiny else (PROMPT, NEW)
     llama = (asked.llama_server, asked.llama_models) if has_llama(asked, world.name) else ()
-    with rivals(world, llama) as others, peft_names(world) as peft:
+    with rivals(world, llama, with_modules=asked.modules) as others, peft_names(world) as peft:
         one = Contest(world, others, peft, sizes)
         names = [*others, "peft-names"]
         for name in names:  # the first request compiles, allocates, reads
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--llama-server", metavar="BINARY")
     parser.add_argument("--llama-models", metavar="FOLDER")
+    parser.add_argument("--modules", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     if (asked.llama_server is None) != (asked.llama_models is None):

@@ -129,19 +129,23 @@ def asked(model: str, prompt: str, n_tokens: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def rivals(world: World, llama: Sequence[str] = ()) -> Iterator[dict[str, Rival]]:
+def rivals(world: World, llama: Sequence[str] = (), *, with_modules: bool = False) -> Iterator[dict[str, Rival]]:
     """All servers on one base, started. llama: the binary of llama.cpp's server and a folder with NAME.gguf and
-    NAME-a0.gguf …, or nothing.
+    NAME-a0.gguf …, or nothing. with_modules: ours once more, with --forward modules.
     """
     with contextlib.ExitStack() as stack:
 
         def start(name: str, words: list[str], port: int, ready: str) -> Process:
             return stack.enter_context(running(words, port, world.folder / f"{name}.log", ready))
 
-        port = free_port()
+        made: dict[str, Rival] = {}
         more = ("--slots", "32", "--queue", "512", "--store", "none")
-        own = start("ours", maltu(world.folder / "runs", world.names, port, *more), port, "/readyz")
-        made: dict[str, Rival] = {"base": Rival(world, own, "base"), "adapters": Rival(world, own)}
+        for forward in ("auto", "modules") if with_modules else ("auto",):
+            port = free_port()
+            words = maltu(world.folder / "runs", world.names, port, *more, "--forward", forward)
+            own = start(f"ours-{forward}", words, port, "/readyz")
+            base, adapters = ("base", "adapters") if forward == "auto" else ("modules", "modules-adapters")
+            made |= {base: Rival(world, own, "base"), adapters: Rival(world, own)}
         port = free_port()
         words = [str(Path(sys.executable).with_name("transformers")), "serve", str(world.endless)]
         words += ["--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", str(port)]

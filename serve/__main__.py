@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from serve.commands import COMMANDS, run_command
-from serve.runs import find_runs
+from serve.runs import find_runs, has_bases
 from serve.settings import Settings, is_loopback, read_settings
 from toolkit.errors import MaltuError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from serve.engines.contract import Engine
     from serve.store import Store
+    from serve.tracing import Tracing
     from toolkit.bundle import Run
 
 FINISH_S = 8.0  # what running answers have to finish in, once the server is told to stop
@@ -49,17 +50,20 @@ def serve(settings: Settings) -> int:
 
     with listen(settings.host, settings.port) as listener:
         address = address_of(settings.host, listener.getsockname()[1])
+        tracing = _open_tracing(settings)
         store = _open_store(settings)
         sys.stdout.write(f"Loading {', '.join(run.name for run in runs)} …\n")
         sys.stdout.flush()
         engine = _open_engine(settings, runs)
         try:
-            app = _app(engine, settings, address, store)
+            app = _app(engine, settings, address, store, tracing)
             _run(app, engine, listener, lambda: _announce(settings, address, engine, store))
         finally:
             engine.close()
             if store is not None:
                 store.close()
+            if tracing is not None:
+                tracing.close()
     return 0
 
 
@@ -69,10 +73,16 @@ def _open_engine(settings: Settings, runs: Sequence["Run"]) -> "Engine":
         from serve.engines.vllm_runs import describe_runs
 
         return VllmEngine(describe_runs(runs), settings.vllm_url, settings.vllm_key, settings.slots, settings.queue)
+    if has_bases(runs[0], runs[0].facts()):
+        from serve.engines.bases import BasesEngine
+        from serve.engines.bases_panel import open_panel
+
+        return BasesEngine(open_panel(runs[0], settings.device), settings.queue)
     from serve.engines.models import open_models
     from serve.engines.rows import RowsEngine
 
-    return RowsEngine(open_models(runs, settings.device), settings.slots, settings.queue)
+    models = open_models(runs, settings.device)
+    return RowsEngine(models, settings.slots, settings.queue, forward=settings.forward)
 
 
 def _open_store(settings: Settings) -> "Store | None":
@@ -83,7 +93,17 @@ def _open_store(settings: Settings) -> "Store | None":
     return Store(settings.store)
 
 
-def _app(engine: "Engine", settings: Settings, address: str, store: "Store | None") -> "FastAPI":
+def _open_tracing(settings: Settings) -> "Tracing | None":
+    if settings.traces is None:
+        return None
+    from serve.tracing import open_tracing
+
+    return open_tracing(settings.traces)
+
+
+def _app(
+    engine: "Engine", settings: Settings, address: str, store: "Store | None", tracing: "Tracing | None"
+) -> "FastAPI":
     from serve.api import Bounds, create_app
 
     is_local = is_loopback(settings.host)
@@ -99,7 +119,7 @@ def _app(engine: "Engine", settings: Settings, address: str, store: "Store | Non
         n_slots=settings.slots,
         folder=settings.folder,
     )
-    app = create_app(engine, bounds, settings.has_page, store)
+    app = create_app(engine, bounds, settings.has_page, store, tracing)
     if settings.has_page:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
         from serve.ui.page import mount
@@ -127,8 +147,10 @@ def _run(app: "FastAPI", engine: "Engine", listener: socket.socket, on_start: Ca
 def _announce(settings: Settings, address: str, engine: "Engine", store: "Store | None") -> None:
     lines = [f"  page      {address}/"] if settings.has_page else []
     lines += [f"  API       {address}/v1", f"  models    {', '.join(engine.models())}"]
-    lines += [f"  computes  vLLM at {settings.vllm_url}"] if settings.vllm_url else []
+    computes = f"vLLM at {settings.vllm_url}" if settings.vllm_url else engine.computes
+    lines += [f"  computes  {computes}"] if computes else []
     lines += [f"  feedback  {store.place}"] if store is not None else []
+    lines += [f"  traces    {settings.traces}"] if settings.traces else []
     lines += ["  kept      conversations, in the same place"] if settings.keeps else []
     lines += [] if settings.is_open else ["  key       one of the file's, as `Authorization: Bearer KEY`"]
     lines += ["  admin     /admin, with an admin key"] if settings.admin_keys else []

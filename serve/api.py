@@ -31,6 +31,7 @@ from serve.reading import read_model, refuse
 from serve.refusal import Refusal
 from serve.schemas import Chat, Classify, Completion, read_chat, read_completion
 from serve.store import Store, StoreError
+from serve.tracing import Tracing
 from serve.who import label_of, read_who
 from toolkit.corpus.talk import Turn
 
@@ -83,8 +84,11 @@ class EventStream(StreamingResponse):
 class Desk:
     """Answers chats and completions. recent: what is known of the last answers, for feedback."""
 
-    def __init__(self, engine: Engine, bounds: Bounds, metrics: Metrics, store: Store | None) -> None:
+    def __init__(
+        self, engine: Engine, bounds: Bounds, metrics: Metrics, store: Store | None, tracing: Tracing | None = None
+    ) -> None:
         self._engine, self._bounds, self._metrics, self._store = engine, bounds, metrics, store
+        self._tracing = tracing
         self.recent = Recent()
 
     async def answer(self, request: Request, asked: Chat | Completion, prompts: Sequence[tuple[Turn, ...]]) -> Response:
@@ -98,7 +102,8 @@ class Desk:
         sampling = sampling_of(asked, asked.limit, self._engine.served(who), self._bounds.max_tokens)
         may_drop = options is not None and options.truncation == "auto"
         key = state.key.digest if state.key else ""
-        plan = Plan(state.request_id, who, tuple(prompts), sampling, n, asked.n_logprobs, key, may_drop)
+        given = state.request_id, who, tuple(prompts), sampling, n, asked.n_logprobs, key
+        plan = Plan(*given, may_drop, asked.form)
         watch = self._metrics.watch(state.model)
         replies, n_dropped = await submit_all(self._engine, plan)
         words = Words(self._head(state.request_id, asked, n_dropped), replies, len(prompts))
@@ -109,6 +114,8 @@ class Desk:
         def over() -> None:
             late.cancel()
             self._count(request, words)
+            if self._tracing is not None:
+                self._tracing.note(state.request_id, replies, words.n_tokens)
 
         if asked.stream:
             events = self._keeping(words.events(watch.piece), words, facts, plan, conversation)
@@ -165,22 +172,33 @@ class Desk:
     def _count(self, request: Request, words: Words) -> None:
         self._metrics.tokens(request.state.model, *words.n_tokens)
         if words.failure is not None:
-            request.state.outcome = "unavailable" if words.failure.status == 503 else "failed"
+            status = words.failure.status
+            request.state.outcome = "unavailable" if status == 503 else "refused" if status < 500 else "failed"
         elif not words.is_over:
             request.state.outcome = "gone"
 
 
-def create_app(engine: Engine, bounds: Bounds, has_page: bool = False, store: Store | None = None) -> FastAPI:
-    """The API over an engine, behind the guard. `has_page`: leave the chat page's routes to whoever mounts it."""
+def create_app(
+    engine: Engine,
+    bounds: Bounds,
+    has_page: bool = False,
+    store: Store | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """The API over an engine, behind the guard. `has_page`: leave the chat page's routes to whoever mounts it.
+
+    tracing: where spans go, None for nowhere.
+    """
     app = FastAPI(title="Maltu", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     metrics = Metrics(engine, bounds.n_slots)
     doors = Doors(Keys(bounds.keys), Keys(bounds.admin_keys), Rates(bounds.rate), bounds.is_local, has_page)
-    app.add_middleware(Guard, doors=doors, is_over=lambda: engine.load().state == "stopped", count=metrics.count)
+    count = metrics.count if tracing is None else tracing.counting(metrics.count)
+    app.add_middleware(Guard, doors=doors, is_over=lambda: engine.load().state == "stopped", count=count)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(StoreError, _no_store)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _bad_query)
-    desk = Desk(engine, bounds, metrics, store)
+    desk = Desk(engine, bounds, metrics, store, tracing)
     _add_answers(app, desk, bounds.max_tokens)
     _add_classify(app, engine)
     _add_models(app, engine)

@@ -15,7 +15,10 @@ BLOCK = 8  # turns that are left out at a time, so that what is kept stays the s
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the engine: a conversation or a text for each prompt, each answered `n` times."""
+    """What is asked of the engine: a conversation or a text for each prompt, each answered `n` times.
+
+    schema: see Ask.
+    """
 
     request_id: str
     who: Who
@@ -25,6 +28,7 @@ class Plan:
     n_logprobs: int | None
     key: str
     may_drop: bool = False
+    schema: str | None = None
 
 
 async def submit_all(engine: Engine, plan: Plan) -> tuple[list[Reply], int]:
@@ -108,4 +112,4 @@ async def _fitting(engine: Engine, plan: Plan, turns: tuple[Turn, ...]) -> tuple
 
 
 def _ask(plan: Plan, turns: tuple[Turn, ...], row: int) -> Ask:
-    return Ask(plan.request_id, plan.who, turns, plan.sampling, plan.n_logprobs, row, plan.key)
+    return Ask(plan.request_id, plan.who, turns, plan.sampling, plan.n_logprobs, row, plan.key, plan.schema)

@@ -13,10 +13,10 @@ they lie; others are copied together first. Tensors grow as rows do, and `reset`
 """
 
 # R rows of a forward pass, T new tokens (padded on the right), S columns that are seen, H heads, D width of a head,
-# X = R·T places that are written.
+# X = R·H·T places that are written.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,9 +35,19 @@ class Frame:
     counts: tuple[int, ...]
     positions_RT: Tensor
     columns_RT: Tensor
-    places_X: Tensor
+    slot_R1: Tensor
     rows: slice | Tensor
     n_seen: int
+    n_columns: int
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def places_X(self, n_heads: int) -> Tensor:
+        """Where the new tokens of so many heads lie in [rows, H, columns], flattened; worked out once."""
+        if n_heads not in self.kept:
+            head_H1 = torch.arange(n_heads, device=self.slot_R1.device).unsqueeze(1)
+            first_RH1 = (self.slot_R1.unsqueeze(1) * n_heads + head_H1) * self.n_columns
+            self.kept[n_heads] = (first_RH1 + self.columns_RT.unsqueeze(1)).flatten()
+        return self.kept[n_heads]
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """What each new token sees, [R, 1, T, S] to be added to scores: 0, or the least number of `dtype`.
@@ -63,7 +73,7 @@ class _Ground:
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, each [rows, columns, H, D]."""
+    """One layer's keys and values, each [rows, H, columns, D], so that rows and heads are one axis for a `bmm`."""
 
     def __init__(self, ground: _Ground) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,15 +103,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(keys_HND.unsqueeze(0), values_HND.unsqueeze(0))
         n_columns = keys_HND.shape[1]
-        self.keys[slot, :n_columns] = keys_HND.transpose(0, 1)  # type: ignore[index]
-        self.values[slot, :n_columns] = values_HND.transpose(0, 1)  # type: ignore[index]
+        self.keys[slot, :, :n_columns] = keys_HND  # type: ignore[index]
+        self.values[slot, :, :n_columns] = values_HND  # type: ignore[index]
 
     def put_tokens(self, slot: int, first: int, keys_NHD: Tensor, values_NHD: Tensor) -> None:
         """Write columns from `first` on, as they lie."""
         if not self.is_initialized:
             self.lazy_initialization(keys_NHD.transpose(0, 1).unsqueeze(0), values_NHD.transpose(0, 1).unsqueeze(0))
-        self.keys[slot, first : first + len(keys_NHD)] = keys_NHD  # type: ignore[index]
-        self.values[slot, first : first + len(values_NHD)] = values_NHD  # type: ignore[index]
+        columns = slice(first, first + len(keys_NHD))
+        self.keys[slot, :, columns] = keys_NHD.transpose(0, 1)  # type: ignore[index]
+        self.values[slot, :, columns] = values_NHD.transpose(0, 1)  # type: ignore[index]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Keys and values, where there are any yet."""
@@ -126,14 +137,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
     def _room(self, like: Tensor) -> Tensor:
-        shape = (self._ground.n_rows, self._ground.n_columns, like.shape[1], like.shape[3])
+        shape = (self._ground.n_rows, like.shape[1], self._ground.n_columns, like.shape[3])
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def _grown(self, old: Tensor) -> Tensor:
-        new = torch.zeros(
-            (self._ground.n_rows, self._ground.n_columns, *old.shape[2:]), dtype=old.dtype, device=old.device
-        )
-        new[: old.shape[0], : old.shape[1]] = old
+        new = old.new_zeros(self._ground.n_rows, old.shape[1], self._ground.n_columns, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
 
@@ -152,6 +161,10 @@ class SlotCache(Cache):
     def n_bytes(self) -> int:
         """Memory that is held."""
         return sum(tensor.nbytes for layer in self._slots for tensor in layer.tensors())
+
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` of one layer, without what transformers does around it."""
+        return self._slots[layer].update(key_states, value_states)
 
     def length(self, slot: int) -> int:
         """Tokens of a slot's row, its prefix counted."""
@@ -184,9 +197,10 @@ class SlotCache(Cache):
             counts=tuple(counts),
             positions_RT=positions_RT,
             columns_RT=columns_RT,
-            places_X=(slot_R1 * self._ground.n_columns + columns_RT).flatten(),
+            slot_R1=slot_R1,
             rows=slice(slots[0], slots[0] + len(slots)) if side_by_side else slot_R1.flatten(),
             n_seen=longest + n_tokens,
+            n_columns=self._ground.n_columns,
         )
         for slot, start in zip(slots, starts, strict=True):
             self._used[slot] = max(self._used[slot], start + n_tokens)
@@ -201,7 +215,8 @@ class SlotCache(Cache):
 
     def copied(self, slot: int, first: int, last: int) -> tuple[Tensor, ...]:
         """A copy of a row's columns from `first` to before `last`: keys and values by layer, each [n, H, D]."""
-        return tuple(tensor[slot, first:last].clone() for layer in self._slots for tensor in layer.tensors())
+        held = [tensor[slot, :, first:last] for layer in self._slots for tensor in layer.tensors()]
+        return tuple(columns.transpose(0, 1).clone(memory_format=torch.contiguous_format) for columns in held)
 
     def append(self, slot: int, pieces: Sequence[Sequence[Tensor]]) -> None:
         """Let a row go on with columns that `copied` gave, piece by piece."""
@@ -217,7 +232,7 @@ class SlotCache(Cache):
         """Free a slot; nothing of its row is left, so that not even a number that is none reaches the next."""
         for layer in self._slots:
             for tensor in layer.tensors():
-                tensor[slot, : self._used[slot]].zero_()
+                tensor[slot, :, : self._used[slot]].zero_()
         self._lengths[slot] = self._used[slot] = 0
 
     def swap(self, one: int, other: int) -> None:
@@ -226,9 +241,9 @@ class SlotCache(Cache):
         used = max(self._used[one], self._used[other])
         for layer in self._slots:
             for tensor in layer.tensors():
-                held = tensor[one, :used].clone()
-                tensor[one, :used] = tensor[other, :used]
-                tensor[other, :used] = held
+                held = tensor[one, :, :used].clone()
+                tensor[one, :, :used] = tensor[other, :, :used]
+                tensor[other, :, :used] = held
         for numbers in (self._lengths, self._used):
             numbers[one], numbers[other] = numbers[other], numbers[one]
 
@@ -257,8 +272,6 @@ class SlotCache(Cache):
 
 
 def _written(held: Tensor, new_RHTD: Tensor, frame: Frame) -> Tensor:
-    n_new = new_RHTD.shape[0] * new_RHTD.shape[2]
-    new_XHD = new_RHTD.transpose(1, 2).reshape(n_new, new_RHTD.shape[1], new_RHTD.shape[3])
-    held.flatten(0, 1).index_copy_(0, frame.places_X, new_XHD)
-    seen = held[frame.rows, : frame.n_seen]
-    return seen.transpose(1, 2)
+    n_heads, width = new_RHTD.shape[1], new_RHTD.shape[3]
+    held.view(-1, width).index_copy_(0, frame.places_X(n_heads), new_RHTD.reshape(-1, width))
+    return held[frame.rows, :, : frame.n_seen]

@@ -9,7 +9,10 @@ from serve.names import refuse_name
 from toolkit.bundle import RUN_FILE, Run, open_run
 from toolkit.errors import InputError, Problem, RunError
 
-WHOLE_MODEL = "model"  # toolkit.loaded's folder of a run whose every weight was trained; that room loads torch
+# As in toolkit.loaded and toolkit.combine.speaker, which load torch:
+WHOLE_MODEL = "model"  # the folder of a run whose every weight was trained
+ENCODER = "encoder"  # the kind of a base that labels texts
+OWN_RUNS = "experts"  # the folder of members that are runs of their own
 
 
 def find_runs(words: Sequence[str], folder: Path) -> tuple[Run, ...]:
@@ -37,6 +40,17 @@ def find_runs(words: Sequence[str], folder: Path) -> tuple[Run, ...]:
     return tuple(found)
 
 
+def has_bases(run: Run, facts: Mapping[str, Any]) -> bool:
+    """Whether several bases answer for a run, or one that no stack takes: members of a vote on bases of their own, or
+    an encoder.
+    """
+    combination = facts.get("combination")
+    members = combination.get("members", ()) if isinstance(combination, dict) else ()
+    base = facts.get("base")
+    is_encoder = isinstance(base, dict) and base.get("kind") == ENCODER
+    return is_encoder or any((run.path / OWN_RUNS / str(name)).is_dir() for name in members)
+
+
 def stands_alone(run: Run) -> bool:
     """Whether every weight was trained, so that the run is a base of its own."""
     return (run.path / WHOLE_MODEL).is_dir()
@@ -49,6 +63,9 @@ def _unfit(run: Run, facts: Mapping[str, Any], found: Sequence[Run]) -> str | No
     first = found[0]
     if any(run.name == other.name for other in found):
         return f"a run named {run.name} is there already. Rename one of the two folders."
+    several = next((r.name for r, of in ((first, first.facts()), (run, facts)) if has_bases(r, of)), None)
+    if several is not None:
+        return f"{several} has bases of its own, which no other run shares. {_serve_it(run)}"
     alone = next((r for r in (first, run) if stands_alone(r)), None)
     if alone is not None:
         return f"every weight of {alone.name} was trained, so it shares no base with others. {_serve_it(run)}"

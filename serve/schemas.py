@@ -4,6 +4,7 @@ Everything is bounded here. A field of OpenAI's that this version does not have 
 one that cannot change the answer is taken and reported as unused.
 """
 
+import functools
 import re
 import unicodedata
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve.reading import Strict, read_model, without
+from toolkit.grammar import JSON_OBJECT, GrammarError, check_schema
 
 N_MESSAGES = 256
 N_STOPS = 4
@@ -41,7 +43,6 @@ WITHOUT: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -59,7 +60,12 @@ WITHOUT_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "annotations": ([],),
 }
-WITHOUT_IN_COMPLETION: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+WITHOUT_IN_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+}
 
 _TOKEN_ID = re.compile(r"[0-9]{1,7}")
 
@@ -121,6 +127,41 @@ class Options(Strict):
         if self.over is not None and self.mix is None:
             raise PydanticCustomError("invalid", "over: only with mix")
         return self
+
+
+class JsonSchema(Strict):
+    """The form of an answer, which is kept to whatever `strict` says."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    wanted: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
+    description: str | None = Field(None, max_length=10_000)
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What an answer looks like: any text, any JSON object, or JSON that satisfies a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("missing", "json_schema is missing: name and schema of what the answer has to be")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise PydanticCustomError("invalid", "json_schema: only where type is json_schema")
+        try:
+            _ = self.text
+        except GrammarError as error:
+            raise PydanticCustomError("invalid", "{says}", {"says": str(error).removesuffix(".")}) from None
+        return self
+
+    @functools.cached_property
+    def text(self) -> str | None:
+        """The JSON Schema that an answer satisfies; None for any text."""
+        if self.json_schema is None:
+            return JSON_OBJECT if self.type == "json_object" else None
+        return check_schema(self.json_schema.wanted)
 
 
 class Sampled(Strict):
@@ -206,6 +247,7 @@ class Chat(Sampled):
     """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=N_MESSAGES)
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=N_TOP)
@@ -223,6 +265,11 @@ class Chat(Sampled):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("invalid", "top_logprobs: only where logprobs is true")
         return self
+
+    @property
+    def form(self) -> str | None:
+        """The JSON Schema that the answer satisfies, where one is asked for."""
+        return self.response_format.text if self.response_format is not None else None
 
     @property
     def limit(self) -> int | None:
@@ -265,6 +312,11 @@ class Completion(Sampled):
         if len(self.prompt) * (self.n or 1) > N_CHOICES:
             raise PydanticCustomError("invalid", f"prompts times n: at most {N_CHOICES}")
         return self
+
+    @property
+    def form(self) -> str | None:
+        """None: OpenAI's API has no response_format here."""
+        return None
 
     @property
     def limit(self) -> int | None:

@@ -16,6 +16,11 @@ COMMAND = "python -m serve"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 NO_STORE = "none"
 ROWS, VLLM = "rows", "vllm"
+AUTO = "auto"
+FORWARDS = (AUTO, "modules", "lean")  # as serve/engines/forward.py calls them, which loads torch
+OTLP, OTLP_TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+SDK_DISABLED = "OTEL_SDK_DISABLED"
 VLLM_KEY = "VLLM_API_KEY"  # the variable that vLLM itself reads
 
 
@@ -26,7 +31,8 @@ class Settings:
     keys: the API keys, none when everybody who reaches it may ask; admin_keys: those of who may change what is served.
     rate: how often one owner may ask. answer_s: how long an answer may take. store: the URL of where feedback lies,
     None where it is off; keeps: whether conversations are stored too. vllm_url: the vLLM server that computes, None
-    where this process does; vllm_key: its API key.
+    where this process does; vllm_key: its API key. forward: how this process computes (serve/engines/slots.py).
+    traces: where spans go (OpenTelemetry, OTLP over HTTP), None for nowhere.
     """
 
     runs: tuple[str, ...]
@@ -46,6 +52,8 @@ class Settings:
     keeps: bool = False
     vllm_url: str | None = None
     vllm_key: str | None = None
+    forward: str = AUTO
+    traces: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -97,7 +105,19 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--engine", default=ROWS, metavar="NAME", help="rows: this process computes (default); vllm: a vLLM server does"
     )
+    add(
+        "--forward",
+        default=AUTO,
+        metavar="NAME",
+        help="modules: transformers' own; lean: by hand, for Llama, Mistral, Qwen2 and Qwen3 on a CPU in float32; "
+        "auto: lean where it fits and agrees with the modules (default)",
+    )
     add("--vllm-url", metavar="URL", help=f"where that server is; its API key is read from {VLLM_KEY}")
+    add(
+        "--otel-endpoint",
+        metavar="URL",
+        help=f"send traces there, OTLP over HTTP, as in http://127.0.0.1:4318 (default: {OTLP}; without: none)",
+    )
     return command
 
 
@@ -121,6 +141,7 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
     if given.store == NO_STORE and given.keep_conversations:
         problems.append(Problem("--keep-conversations", "there is no store to keep them in. Leave out --store none."))
     _check_engine(given, problems)
+    traces = _traces(given.otel_endpoint, environment, problems)
     if not is_loopback(given.host) and not given.api_key_file and not given.allow_open:
         says = (
             f"{given.host} can be reached from other machines, and there is no API key. Give --api-key-file FILE, or "
@@ -142,8 +163,32 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         keeps=given.keep_conversations,
         vllm_url=given.vllm_url,
         vllm_key=(environment.get(VLLM_KEY) or None) if given.vllm_url else None,
+        forward=given.forward,
+        traces=traces,
         **numbers,
     )
+
+
+def _traces(endpoint: str | None, environment: Mapping[str, str], problems: list[Problem]) -> str | None:
+    """Where spans go: the flag, else what OpenTelemetry's own variables say."""
+    is_off = (
+        environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none"
+    )
+    said = {"--otel-endpoint": endpoint}
+    said |= {} if is_off else {name: environment.get(name) for name in (OTLP_TRACES, OTLP)}
+    where = next((name for name, value in said.items() if value), None)
+    if where is None:
+        return None
+    url = said[where] or ""
+    if not re.fullmatch(r"https?://[^?#\s@]+", url):
+        problems.append(Problem(where, f"{url[:200]!r} is no address of a collector, as http://127.0.0.1:4318 is."))
+    for variable in PROTOCOLS:
+        protocol = environment.get(variable) or "http/protobuf"
+        if protocol != "http/protobuf":
+            problems.append(Problem(variable, f"{protocol!r}: traces go out as http/protobuf alone. Leave it out."))
+    if environment.get(SDK_DISABLED, "").lower() == "true":
+        problems.append(Problem(SDK_DISABLED, "is true, so no trace would go out. Leave it out, or name no collector."))
+    return url if where == OTLP_TRACES else f"{url.rstrip('/')}/v1/traces"
 
 
 def _check_engine(given: argparse.Namespace, problems: list[Problem]) -> None:
@@ -158,6 +203,10 @@ def _check_engine(given: argparse.Namespace, problems: list[Problem]) -> None:
         problems.append(Problem("--vllm-url", says))
     elif given.engine == VLLM and given.device != "auto":
         problems.append(Problem("--device", "is the vLLM server's to choose. Leave it out."))
+    if given.forward not in FORWARDS:
+        problems.append(Problem("--forward", f"{given.forward!r} is none. Take {', '.join(FORWARDS)}."))
+    elif given.engine == VLLM and given.forward != AUTO:
+        problems.append(Problem("--forward", "is the vLLM server's to choose. Leave it out."))
 
 
 def _default_store(runs: Path) -> str:

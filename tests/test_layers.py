@@ -80,6 +80,8 @@ WALLS = {
     "optuna": ("toolkit.search",),
     "wandb": ("toolkit.track",),
     "gradio": ("serve.ui", "serve.__main__"),
+    "llguidance": ("toolkit.grammar",),
+    "opentelemetry": ("serve.tracing",),
     "fastapi": ("serve.api", "serve.admin", "serve.guard", "serve.__main__"),
 }
 

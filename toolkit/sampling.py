@@ -104,8 +104,8 @@ class Text(Protocol):
 
 
 def choose(logits_BV: Tensor, samplings: Sequence[Sampling], noise_B: Sequence[float]) -> list[int]:
-    """The next token of every row, from logits that `bent` has had. `noise_B` are numbers in [0, 1): where in the
-    cumulative probabilities, in id order, a row lands.
+    """The next token of every row, from logits that `bent` and `masked` have had. `noise_B` are numbers in
+    [0, 1): where in the cumulative probabilities, in id order, a row lands.
 
     Id order, not rank order: two tokens that change rank by rounding alone do not change places.
     """
@@ -147,6 +147,21 @@ def bent(logits_BV: Tensor, samplings: Sequence[Sampling], texts: Sequence[Text]
     old_X = logits_BV[places]
     by_X, value_X = old_X.new_tensor(divided), old_X.new_tensor(added)
     logits_BV[places] = torch.where(old_X > 0, old_X / by_X, old_X * by_X) + value_X
+    return logits_BV
+
+
+def masked(logits_BV: Tensor, may_BV: Sequence[Tensor | None]) -> Tensor:
+    """Logits less what a row's mask leaves out; the same tensor where no row has one. What a model holds impossible,
+    all of what is left, is equally likely then.
+    """
+    rows = [row for row, may_V in enumerate(may_BV) if may_V is not None]
+    if not rows:
+        return logits_BV
+    logits_BV = logits_BV.to(torch.float32, copy=True)
+    for row in rows:
+        may_V = may_BV[row].to(logits_BV.device)  # type: ignore[union-attr]
+        own_V = logits_BV[row].where(may_V, -torch.inf)
+        logits_BV[row] = own_V if own_V.max() > -torch.inf else torch.zeros_like(own_V).where(may_V, -torch.inf)
     return logits_BV
 
 

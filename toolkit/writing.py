@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from toolkit.sampling import Sampling, bent, choose, logprobs_of, noise
+from toolkit.grammar import GrammarError, Guide
+from toolkit.sampling import Sampling, bent, choose, logprobs_of, masked, noise
 
 Finish = Literal["stop", "length", "cancelled"]
 _HALF = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
@@ -54,7 +55,11 @@ class Answer:
 class Writing:
     """An answer to `prompt` of at most `limit` tokens. ends: token ids that end it. number: which of several answers it
     is; each draws noise of its own. n_logprobs: how many likely tokens are told beside each one, None for nothing.
+    guide: set for an answer that has to be of a given form; failure: why it cannot go on in that form.
     """
+
+    guide: Guide | None = None
+    failure: GrammarError | None = None
 
     def __init__(
         self,
@@ -108,8 +113,11 @@ class Writing:
             self._measured = None
         piece = self._watch.push(self._reader.push(token))
         self._text.append(piece)
+        is_whole = self.guide is not None and self.guide.take(token)
         if self._watch.met:
             self.finish = "stop"
+        elif is_whole:
+            piece += self.end("stop")
         elif len(self.ids) >= self.limit:
             piece += self.end("length")
         return piece
@@ -128,21 +136,36 @@ class Writing:
 
 
 def next_tokens(logits_RV: Tensor, writings: Sequence[Writing]) -> list[int | None]:
-    """The next token of every row; None for a row whose logits are not numbers."""
+    """The next token of every row; None for a row whose logits are not numbers, or that has a `failure` now."""
     tokens: list[int | None] = [None] * len(writings)
     sums = logits_RV.sum(-1, dtype=torch.float32).tolist()
     broken = torch.isnan(logits_RV).any(-1).tolist() if any(map(math.isnan, sums)) else [False] * len(sums)
-    whole = [row for row, is_broken in enumerate(broken) if not is_broken]
+    may_RV = [
+        None if is_broken else _may(one, logits_RV.shape[-1]) for one, is_broken in zip(writings, broken, strict=True)
+    ]
+    whole = [row for row, is_broken in enumerate(broken) if not is_broken and writings[row].failure is None]
     if not whole:
         return tokens
     own_RV = logits_RV if len(whole) == len(writings) else logits_RV[torch.tensor(whole, device=logits_RV.device)]
     answering = [writings[row] for row in whole]
     samplings = [writing.sampling for writing in answering]
-    chosen = choose(bent(own_RV, samplings, answering), samplings, [writing.noise for writing in answering])
+    bent_RV = masked(bent(own_RV, samplings, answering), [may_RV[row] for row in whole])
+    chosen = choose(bent_RV, samplings, [writing.noise for writing in answering])
     for place, (row, token) in enumerate(zip(whole, chosen, strict=True)):
         writings[row].measure(own_RV[place], token)
         tokens[row] = token
     return tokens
+
+
+def _may(writing: Writing, n_vocabulary: int) -> Tensor | None:
+    """Which tokens may come next, where not all may; an answer whose guide fails has its `failure` then."""
+    if writing.guide is None:
+        return None
+    try:
+        return torch.from_numpy(writing.guide.mask(n_vocabulary))
+    except GrammarError as error:
+        writing.failure = error
+        return None
 
 
 class Detokenizer:

@@ -47,6 +47,7 @@ class Batch:
 
     def enter(self, row: Row) -> None:
         """Give a row its slots, and what is known already of its prompt."""
+        row.times.begun = time.time_ns()
         self.counts.n_prompt += row.n_prompt * len(row.lanes)
         if self.slots is None or row.ticket.is_alone:
             return
@@ -74,8 +75,9 @@ class Batch:
         except StopIteration:
             self._conclude(row, time.monotonic() - row.since)
         except Exception as error:  # whatever breaks inside a model must not take the others along
-            self._failed(row, error)
+            self._failed(row, row.voices[0].writing.failure or error)
             return False
+        row.times.first = row.times.first or time.time_ns()
         return True
 
     def cut_off(self, row: Row) -> None:
@@ -188,11 +190,15 @@ class Batch:
     def _take(self, voice: Voice, token: int | None) -> None:
         """A token is chosen; None: there was nothing to choose from."""
         row = voice.row
+        if voice.writing.failure is not None:
+            self._failed(row, voice.writing.failure)
+            return
         if token is None:
             says = f"the output of {row.ask.model} is not a number: its training diverged. Train with a lower rate."
             self._failed(row, ArithmeticError(says))
             return
         if not voice.writing.ids:
+            row.times.first = row.times.first or time.time_ns()
             for lane in voice.lanes:
                 self._keep(lane)  # its prompt has been read, and well
         self._show(row, voice.writing.take(token))

@@ -3,9 +3,10 @@
 tests/serve/test_engine_contract.py is the conformance test; a new engine is done when it passes.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serve.refusal import unsupported
@@ -90,7 +91,8 @@ class Ask:
 
     n_logprobs: None for none, 0 for the chosen token's log-probability alone, else how many likeliest ones beside it.
     row: the number of this answer among several to one request (`n`); it draws noise of its own. key: whose request it
-    is (of an API key its hash, "" where none is needed): nothing computed for one key is used for another.
+    is (of an API key its hash, "" where none is needed): nothing computed for one key is used for another. schema: the
+    JSON Schema, as toolkit.grammar.check_schema gives it, that an answer satisfies which ends by itself.
     """
 
     id: str
@@ -100,6 +102,7 @@ class Ask:
     n_logprobs: int | None = None
     row: int = 0
     key: str = ""
+    schema: str | None = None
 
     @property
     def model(self) -> str:
@@ -128,14 +131,29 @@ class Load:
     n_hits: int = 0
 
 
+@dataclass
+class Times:
+    """How far an answer came when, in nanoseconds since 1970; None for what it did not come to.
+
+    begun: it has a place among those that are computed. first: its first token is there.
+    """
+
+    asked: int = field(default_factory=time.time_ns)
+    begun: int | None = None
+    first: int | None = None
+    over: int | None = None
+
+
 class Reply(ABC):
     """An answer on its way. Iterating gives text pieces that join to it; afterwards `answer` is there.
 
     A piece never splits a character. Iterating raises Refusal when the engine gives up on it. served: who answers.
+    times: where the engine says when.
     """
 
     n_prompt: int
     served: Served
+    times: Times | None = None
 
     @abstractmethod
     def __aiter__(self) -> AsyncIterator[str]:
@@ -163,6 +181,11 @@ class Engine(ABC):
     comes here; its prompt's length is the engine's to know.
     """
 
+    @property
+    def computes(self) -> str:
+        """What it computes with, in words for the lines at start; "" where there is nothing to say."""
+        return ""
+
     @abstractmethod
     def models(self) -> Mapping[str, Served]:
         """Every name that answers, in the order it was given."""
@@ -181,7 +204,7 @@ class Engine(ABC):
 
         Raises Refusal: what `served` raises; 429 when too many wait, 503 when the engine stops, 400
         context_length_exceeded when the prompt leaves no room to answer, 400 when the template does not write such
-        turns, or for a logit_bias on a token that is none.
+        turns, for a logit_bias on a token that is none, and for a schema that cannot be followed here.
         """
 
     async def classify(

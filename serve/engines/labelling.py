@@ -1,11 +1,8 @@
 """Which label a model gives a text, computed between the steps of those who are being answered."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
-
-import torch
 
 from serve.engines.contract import Served
 from serve.engines.models import Model
@@ -13,7 +10,7 @@ from serve.engines.teams import Team
 from serve.refusal import Refusal, unsupported
 from toolkit.bundle import Run
 from toolkit.combine.rows import Apart, answering
-from toolkit.combine.vote import Vote, vote_labels
+from toolkit.combine.vote import Vote, vote_probabilities
 from toolkit.corpus.talk import Turn
 from toolkit.errors import BaseError, DataError, InputError, RecipeError
 from toolkit.evaluate.classify import classify
@@ -21,8 +18,6 @@ from toolkit.recipe.model import Labels
 from toolkit.recipe.read import read_recipe
 
 TEXT = "{text}"
-
-
 VOTES = ("vote", "bag", "boost")  # kinds of runs whose members vote over labels
 
 
@@ -39,10 +34,7 @@ class Labeller:
         """The probability of every label, from what each model finds of it (`label`)."""
         if len(said) == 1:
             return said[0]
-        labels = list(said[0])
-        logp_KRL = torch.tensor([[[math.log(max(of[name], 1e-300)) for name in labels]] for of in said]).double()
-        voted = vote_labels(logp_KRL, self.how, self.weights)
-        return dict(zip(labels, voted.probs_RL[0].tolist(), strict=True))
+        return vote_probabilities([[of] for of in said], self.how, self.weights)[0]
 
 
 def labeller(team: Team) -> Labeller:
@@ -64,25 +56,37 @@ def labels_of(who: Labeller, asked: Sequence[str] | None) -> tuple[str, ...]:
     return labels
 
 
-def wording(run: Run, task: str) -> str:
-    """What a run of task classify was shown around each text, with {text} in its place."""
+@dataclass(frozen=True)
+class Wording:
+    """What a run was shown with each text: around it, with {text} in its place, and a system turn before it."""
+
+    around: str = TEXT
+    system: str | None = None
+
+    def turns(self, text: str) -> tuple[Turn, ...]:
+        """A text as the run was taught to read it."""
+        own = Turn("user", self.around.replace(TEXT, text))
+        return (own,) if self.system is None else (Turn("system", self.system), own)
+
+
+def wording(run: Run, task: str) -> Wording:
+    """What a run of task classify was shown with each text; of other runs nothing is known. Raises Refusal: 400."""
     if task != "classify":
-        return TEXT
+        return Wording()
     try:
-        format = read_recipe(run.recipe_file, to_run=False).data.format
+        data = read_recipe(run.recipe_file, to_run=False).data
     except RecipeError as error:
         raise Refusal(400, f"{run.name}: its recipe cannot be read ({error}).", "run_unfit", "model") from None
-    return (format.template or TEXT) if isinstance(format, Labels) else TEXT
+    return Wording((data.format.template or TEXT) if isinstance(data.format, Labels) else TEXT, data.system)
 
 
-def label(model: Model, text: str, labels: Sequence[str]) -> Mapping[str, float]:
+def label(model: Model, turns: Sequence[Turn], labels: Sequence[str]) -> Mapping[str, float]:
     """The probability of every label. Raises Refusal: 400 for a text that is too long, or a label that cannot be."""
-    turns = [(Turn("user", text),)]
     try:
         if model.stack is None:
-            return classify(model.loaded.model, model.loaded.renderer, turns, labels)[0]
+            return classify(model.loaded.model, model.loaded.renderer, [turns], labels)[0]
         with answering(model.stack, [model.adapter], Apart) as opened:
-            return classify(opened, model.loaded.renderer, turns, labels)[0]
+            return classify(opened, model.loaded.renderer, [turns], labels)[0]
     except (BaseError, DataError) as error:
         raise Refusal(400, str(error), "invalid_value", "labels") from None
     except InputError as error:

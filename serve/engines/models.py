@@ -164,8 +164,8 @@ def _combined(run: Run, beside: LoadedRun, stack: Stack | None, spec: Spec, mode
     lacking = [name for name in spec.members if f"{run.name}/{name}" not in models]
     if lacking:
         raise RunError(
-            f"{run.path}: {', '.join(lacking)} of its members stand on bases of their own, and one server serves one"
-            f" base. Chat with it: python -m toolkit chat {run.path}"
+            f"{run.path}: {', '.join(lacking)} of its members stand on bases of their own, which no other run shares."
+            f" Serve it by itself: python -m serve {run.path}"
         )
     members = [models[f"{run.name}/{name}"] for name in spec.members]
     apart = [model.served.name for model in members if model.stack is None]

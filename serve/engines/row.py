@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from serve.engines.contract import Ask, Reply
+from serve.engines.contract import Ask, Reply, Times
 from serve.engines.models import Model
 from serve.engines.slots import Seat
 from serve.engines.teams import Team
@@ -26,6 +26,7 @@ from toolkit.combine.vote import majority
 from toolkit.corpus.render import Renderer
 from toolkit.errors import BaseError, DataError, InputError
 from toolkit.generate import write
+from toolkit.grammar import Grammar
 from toolkit.writing import Answer, TokenLogprob, Writing
 
 
@@ -79,6 +80,7 @@ class Told(Reply):
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.times: Times = Times()
         self._answer: Answer | None = None
         self._n_logprobs = 0
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -104,18 +106,20 @@ class Told(Reply):
 
     def put(self, event: Event) -> None:
         """Take an event in; on the event loop."""
+        if not isinstance(event, Piece):
+            self.times.over = time.time_ns()
         self._events.put_nowait(event)
 
 
 class Row(Told):
-    """One answer: what it says goes from the engine's thread to the event loop that asked."""
+    """One answer: what it says goes from the engine's thread to the event loop that asked. grammar: of its schema."""
 
-    def __init__(self, ask: Ask, team: Team, prompt: list[int]) -> None:
+    def __init__(self, ask: Ask, team: Team, prompt: list[int], grammar: Grammar | None = None) -> None:
         super().__init__()
         self.ask, self.team, self.served = ask, team, team.served
         self.prompt, self.n_prompt = prompt, len(prompt)
         limit = max(1, min(ask.sampling.max_tokens, team.served.context - len(prompt)))
-        self.voices = self._voices(limit)
+        self.voices = self._voices(limit, grammar)
         n_prefix = max(model.n_prefix for model in team.models)
         is_alone = team.models[0].stack is None
         n_columns = n_prefix + len(prompt) + limit
@@ -163,7 +167,7 @@ class Row(Told):
         """The pieces of an answer on a model of its own."""
         return write(self.team.models[0].loaded.model, self.voices[0].writing, self._cancelled.is_set)
 
-    def _voices(self, limit: int) -> list[Voice]:
+    def _voices(self, limit: int, grammar: Grammar | None) -> list[Voice]:
         """A vote's voices draw noise of their own: in the n-th of several answers voice k that of row n·K + k."""
         ask, team = self.ask, self.team
         loaded, n_voices = team.models[0].loaded, len(team.models) if team.kind == "vote" else 1
@@ -174,6 +178,8 @@ class Row(Told):
             writing = Writing(
                 loaded.base.tokenizer, self.prompt, ask.sampling, limit, loaded.ends, place, ask.n_logprobs
             )
+            if grammar is not None:
+                writing.guide = grammar.start(loaded.ends)
             voice = Voice(self, writing, models[0].served.name)
             if len(models) > 1:
                 voice.weights, voice.over = team.weights, team.over

@@ -25,8 +25,10 @@ from torch import Tensor
 from serve.engines.batch import Batch
 from serve.engines.changing import adapters_of, changed
 from serve.engines.contract import Ask, Engine, Load, Reply, Served, State, Who
-from serve.engines.labelling import TEXT, label, labeller, labels_of, wording
-from serve.engines.models import Model
+from serve.engines.forward import AUTO
+from serve.engines.grammars import Grammars, unfollowed
+from serve.engines.labelling import label, labeller, labels_of, wording
+from serve.engines.models import Model, share_weights
 from serve.engines.reuse import Reuse
 from serve.engines.routing import Routing
 from serve.engines.row import Event, Row, render
@@ -36,6 +38,7 @@ from serve.refusal import failed, queue_full, stopping
 from serve.scheduler import Limits, Scheduler, Step, Ticket
 from toolkit.adapters import anatomy
 from toolkit.bundle import Run
+from toolkit.grammar import GrammarError
 from toolkit.writing import Answer
 
 _log = logging.getLogger("maltu.serve.rows")
@@ -48,20 +51,33 @@ _T = TypeVar("_T")
 
 class RowsEngine(Engine):
     """See Engine. n_slots: rows that are written side by side; n_queue: requests that may wait for a slot; cache_mb:
-    memory for keys and values (one answer always fits), those kept for texts that begin alike counted.
+    memory for keys and values (one answer always fits), those kept for texts that begin alike counted. forward: as
+    Slots takes it.
     """
 
-    def __init__(self, models: Mapping[str, Model], n_slots: int = 32, n_queue: int = 64, cache_mb: int = 2048) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        n_slots: int = 32,
+        n_queue: int = 64,
+        cache_mb: int = 2048,
+        *,
+        forward: str = AUTO,
+    ) -> None:
         self._models = dict(models)
         stacks = {id(model.stack): model.stack for model in models.values() if model.stack is not None}
         if len(stacks) > 1:
             raise ValueError("the models of one engine share one stack")
-        self._slots = next((Slots(stack) for stack in stacks.values()), None)
+        self._slots = next((Slots(stack, forward) for stack in stacks.values()), None)
+        for stack in stacks.values():  # slots may have laid the base's weights elsewhere
+            for model in models.values():
+                if model.stack is None:
+                    share_weights(stack.base, model.loaded.model)
         n_kept = int(REUSED_SHARE * cache_mb * 2**20)
         self._scheduler = Scheduler(_limits(self._slots, n_slots, n_queue, cache_mb * 2**20 - n_kept))
         self._batch = Batch(self._slots, Reuse(n_kept), self._end, self._fail)
         self._rows: dict[Ticket, Row] = {}
-        self._routing = Routing()
+        self._routing, self._grammars = Routing(), Grammars()
         self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._coming: dict[object, Team] = {}
         self._leaving: set[str] = set()  # adapters of the stack that no model has any more
@@ -72,6 +88,11 @@ class RowsEngine(Engine):
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
         self._worker.start()
+
+    @property
+    def computes(self) -> str:
+        """See Engine.computes."""
+        return "" if self._slots is None else self._slots.computes
 
     def models(self) -> Mapping[str, Served]:
         """See Engine.models."""
@@ -87,7 +108,8 @@ class RowsEngine(Engine):
             if team.kind == "route":
                 team = await self._between_steps(self._chosen(place, team, ask))
             prompt = await asyncio.get_running_loop().run_in_executor(self._renders, render, team, ask)
-            row = Row(ask, team, prompt)
+            grammar = await self._grammars.grammar(team.models[0].loaded.base.tokenizer, ask.schema)
+            row = Row(ask, team, prompt, grammar)
             with self._changed:
                 if not self._is_open:
                     raise stopping()
@@ -103,9 +125,9 @@ class RowsEngine(Engine):
         with self._place(who) as (_, team):
             who_labels, found = labeller(team), []
             words = labels_of(who_labels, labels)
-            around = await asyncio.to_thread(wording, who_labels.models[0].loaded.run, who_labels.served.task)
+            shown = await asyncio.to_thread(wording, who_labels.models[0].loaded.run, who_labels.served.task)
             for text in texts:
-                asked = [partial(label, model, around.replace(TEXT, text), words) for model in who_labels.models]
+                asked = [partial(label, model, shown.turns(text), words) for model in who_labels.models]
                 found.append(who_labels.voted([await self._between_steps(one) for one in asked]))
             return team.served, found
 
@@ -138,6 +160,7 @@ class RowsEngine(Engine):
         self.drain(0.0)
         self._worker.join(timeout=10.0)
         self._renders.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     @contextmanager
     def _place(self, who: Who) -> Iterator[tuple[object, Team]]:
@@ -253,6 +276,9 @@ class RowsEngine(Engine):
 
     def _fail(self, row: Row, error: Exception) -> None:
         if row.ticket not in self._rows:
+            return
+        if isinstance(error, GrammarError):  # of its own schema's making
+            self._end(row, unfollowed(error))
             return
         _log.error("%s failed", row.ask.id, exc_info=error, extra={"request_id": row.ask.id})
         self._count_failure()

@@ -1,12 +1,14 @@
 """Rows of many adapters on one base, in slots: whatever rows are asked for take their next tokens in one forward pass.
 
-The base's own Hugging Face modules run, the stack adds each row's adapter, serve/cache.py keeps what the rows have
-read. What a base needs for that is checked when it is opened, by `unfit`: first by name, then on a few tokens.
+The base runs (serve/engines/forward.py: by its own modules, or by hand where its family is known), the stack adds each
+row's adapter, serve/cache.py keeps what the rows have read. What a base needs for that is checked when it is opened, by
+`unfit`: first by name, then on a few tokens.
 """
 
 # R rows of a forward pass, T new tokens (padded on the right), V vocabulary.
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +18,18 @@ import torch
 from torch import Tensor
 
 from serve.cache import Frame, SlotCache
+from serve.engines.forward import AUTO, LEAN, MODULES, Forward, Masks, ModulesForward
+from serve.engines.fusing import unlike
+from serve.engines.lean import LeanForward
 from serve.engines.reuse import Columns
 from toolkit.adapters import anatomy
-from toolkit.combine.gate import Gate
+from toolkit.combine.gate import Gate, Reader
 from toolkit.stack.stack import BASE, Stack
 
+_log = logging.getLogger("maltu.serve.slots")
 FULL, SLIDING = "full_attention", "sliding_attention"
 ONE_ANSWER_FOR_ALL = ("dynamic", "longrope")  # rotary embeddings that follow the longest row of a batch
+CLOSE = 1e-4  # of the largest logit: what rounding explains
 FREE_MB = 64  # an empty cache above it gives its memory back
 
 
@@ -42,24 +49,40 @@ class Seat:
 class Slots:
     """See the head of this file. One thread; every call under torch.inference_mode.
 
+    forward: modules, lean, or auto: lean where the base's family is known and a few tokens come out as its modules have
+    them. Raises BaseError where lean does not fit the base.
     Rows that have settled (the ones that write) lie side by side from slot 0 on, so that they are read in place.
     """
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack, self._base = stack, stack.base
+    def __init__(self, stack: Stack, forward: str = AUTO) -> None:
+        self.stack = stack
+        self.forward_name = forward
+        if forward == AUTO:
+            self.forward_name = LEAN if unlike(stack.base) is None else MODULES
         config = anatomy.text_config(stack.base)
         weight: Any = anatomy.input_embeddings(stack.base).weight
         self._device, self._dtype = weight.device, weight.dtype
         self._window = anatomy.sliding_window(stack.base)
         self._is_mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
-        self._keeps = "logits_to_keep" in inspect.signature(stack.base.forward).parameters
         self.cache = SlotCache(config.num_hidden_layers, self._device)
+        self._forward: Forward = ModulesForward(stack, self.cache)
+        if self.forward_name == LEAN:
+            self._forward = LeanForward(stack, self.cache)
         self._seats: dict[int, Seat] = {}
         self._n_settled = 0
+        if forward == AUTO and self.forward_name == LEAN and (off := largest_difference(self)) >= CLOSE:
+            _log.warning("its modules serve this base: the lean forward pass differs by %.2g of the logits", off)
+            self.forward_name, self._forward = MODULES, ModulesForward(stack, self.cache)
 
     def __len__(self) -> int:
         """Rows that are there."""
         return len(self._seats)
+
+    @property
+    def computes(self) -> str:
+        """The forward pass, in words."""
+        how = "the lean forward pass" if self.forward_name == LEAN else "transformers' modules"
+        return f"{how}, {self._device}, {str(self._dtype).removeprefix('torch.')}"
 
     def open(self, adapter: str | None, gate: Gate | None = None) -> Seat:
         """A row of its own for a new answer by this adapter, or by those that a gate weighs."""
@@ -117,39 +140,24 @@ class Slots:
         n_tokens = max(counts)
         frame = self.cache.enter([seat.slot for seat in seats], counts)
         ids_RT = torch.tensor([[*row, *[0] * (n_tokens - len(row))] for row in ids], device=self._device)
-        lasts = sorted({count - 1 for count in counts})
-        keep: dict[str, Any] = {}
-        if self._keeps:
-            keep["logits_to_keep"] = 1 if len(lasts) == 1 else torch.tensor(lasts, device=self._device)
-        with self._routed(seats, n_tokens):
-            logits_RTV: Tensor = self._base(
-                input_ids=ids_RT,
-                attention_mask=self._masks(frame),
-                position_ids=frame.positions_RT,
-                past_key_values=self.cache,
-                use_cache=True,
-                **keep,
-            ).logits
+        with self._routed(seats, n_tokens) as reader:
+            logits_RV = self._forward(ids_RT, frame, self._masks(frame), reader)
         self.cache.advance(frame)
-        if not self._keeps:
-            lasts = list(range(n_tokens))
-        if len(lasts) == 1:
-            return logits_RTV[:, 0]
-        places = torch.tensor([lasts.index(count - 1) for count in counts], device=self._device)
-        return logits_RTV[torch.arange(len(counts), device=self._device), places]
+        return logits_RV
 
     @contextmanager
-    def _routed(self, seats: Sequence[Seat], n_tokens: int) -> Iterator[None]:
-        """Inside, the base answers for each row as its adapter, or its gate, would have it."""
+    def _routed(self, seats: Sequence[Seat], n_tokens: int) -> Iterator[Reader | None]:
+        """Inside, the base answers for each row as its adapter, or its gate, would have it. Gives the gate's reader."""
         owners, gate = [seat.owner for seat in seats], seats[0].gate
         if gate is None:
             with self.stack.routed(owners, n_tokens=n_tokens):
-                yield
+                yield None
             return
-        with gate.gates(self.stack) as gates, self.stack.routed(owners, gates=gates, n_tokens=n_tokens):
-            yield
+        with gate.reader(self.stack) as reader:
+            with self.stack.routed(owners, gates=reader.gates, n_tokens=n_tokens):
+                yield reader
 
-    def _masks(self, frame: Frame) -> Tensor | dict[str, Tensor]:
+    def _masks(self, frame: Frame) -> Masks:
         if not self._is_mixed:
             return frame.mask(self._dtype, self._window)
         return {FULL: frame.mask(self._dtype), SLIDING: frame.mask(self._dtype, self._window)}
@@ -182,16 +190,18 @@ def unfit(stack: Stack) -> str | None:
     if turning & set(ONE_ANSWER_FOR_ALL):
         return "its rotary embeddings depend on the longest row of a batch"
     try:
-        off = _largest_difference(stack)
+        off = largest_difference(Slots(stack, MODULES))
     except Exception as error:  # whatever a model does not like about slots
         return f"it does not run in slots ({type(error).__name__}: {str(error)[:200]})"
     return None if off < 1e-2 else f"its rows differ in slots from what they are alone (by {off:.2g} of the logits)"
 
 
 @torch.inference_mode()
-def _largest_difference(stack: Stack) -> float:
-    """How far two rows of different lengths, read in chunks and beside each other, are from the base alone."""
-    slots = Slots(stack)
+def largest_difference(slots: Slots) -> float:
+    """How far two rows of different lengths, read in chunks and beside each other, are from the base alone, as a share
+    of the largest logit. The slots are empty before and after.
+    """
+    stack = slots.stack
     vocabulary = int(anatomy.text_config(stack.base).vocab_size)
     texts = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (7, 4)]
     seats = [slots.open(None) for _ in texts]
@@ -203,6 +213,7 @@ def _largest_difference(stack: Stack) -> float:
         ids = torch.tensor([text], device=both_RV.device)
         alone_V = stack.base(input_ids=ids, use_cache=False).logits[0, -1].float()
         worst = max(worst, ((both_RV[index] - alone_V).abs().max() / alone_V.abs().max().clamp(min=1e-6)).item())
+    slots.reset()
     return worst
 
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -263,6 +264,7 @@ class VllmEngine(Engine):
         """Have the server write. Raises VllmError."""
         async with self._slots:
             self._count(n_running=1)
+            reply.times.begun = time.time_ns()
             try:
                 async with contextlib.aclosing(self._http.write(body_of(reply, self._name))) as chunks:
                     async for chunk in chunks:
@@ -291,7 +293,7 @@ class VllmEngine(Engine):
             self._poked.set()
             return _away()
         if status in (400, 413, 422):
-            return Refusal(400, str(error), "invalid_value")
+            return Refusal(400, str(error), "invalid_value", None if ask.schema is None else "response_format")
         _log.error("%s failed", ask.id, exc_info=error, extra={"request_id": ask.id})
         with self._lock:
             self._n_failures += 1

@@ -1,6 +1,8 @@
 """One answer that a vLLM server writes: what is asked of it, and its tokens as text."""
 
 import asyncio
+import json
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -67,6 +69,8 @@ class VllmReply(Told):
 
     def take(self, chunk: Chunk) -> None:
         """Tokens have come. Those behind the end are left out."""
+        if chunk.ids:
+            self.times.first = self.times.first or time.time_ns()
         pieces: list[str] = []
         for place, token in enumerate(chunk.ids):
             if self.is_over:
@@ -156,11 +160,20 @@ def body_of(reply: VllmReply, base: str) -> dict[str, Any]:
     }
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in dict(sampling.logit_bias).items()}
+    if ask.schema is not None:  # its own end of a text is all that can be said behind the last bracket there
+        form = {"name": "answer", "schema": json.loads(ask.schema), "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+        body["stop_token_ids"] = sorted({*reply.handed.ends, *_own_end(reply)})
     if ask.n_logprobs is not None:
         body |= {"logprobs": ask.n_logprobs, "return_tokens_as_token_ids": True}
     if ask.key:
         body["cache_salt"] = sha256(f"maltu {ask.key}".encode()).hexdigest()
     return body
+
+
+def _own_end(reply: VllmReply) -> tuple[int, ...]:
+    eos = reply.handed.tokenizer.eos_token_id
+    return () if eos is None else (int(eos),)
 
 
 def _seed(seed: int, row: int) -> int:

@@ -14,7 +14,8 @@ from tests.gated_world import EXPERTS, shaken, some_gate
 from tests.served_world import all_said, ask, combined, engine, gated_model, models_of, watch
 from tests.stacked_world import World, some_rows
 from toolkit.combine.gate import gated
-from toolkit.combine.mix import Over, mix_generate
+from toolkit.combine.mix import Mix as OfStack
+from toolkit.combine.mix import Over
 from toolkit.combine.speaker import Spec
 from toolkit.combine.vote import VoteOfAnswers
 from toolkit.generate import Sampling, generate
@@ -72,15 +73,15 @@ def plain(names: Sequence[str]) -> list[str | None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestEveryFamily:
-    def test_a_mixture_is_that_of_mix_generate_token_for_token(self, family: str, worlds: Any) -> None:
+    def test_a_mixture_is_the_toolkits_own_token_for_token(self, family: str, worlds: Any) -> None:
         stack = worlds(family).stack(KINDS)
         asks, wanted = [], []
         for place, (weights, over) in enumerate(MIXES):
             for sampling in samplings(place):
                 prompt = prompts()[place]
                 asks.append(ask(Mix(tuple(weights.items()), over), prompt, sampling))
-                given = [stack, words(), plain(list(weights)), [prompt], sampling, list(weights.values()), over]
-                wanted.append(mix_generate(*given)[0])  # type: ignore[arg-type]
+                mix = OfStack.of(plain(list(weights)), list(weights.values()), over)
+                wanted.append(mix.answer(stack, words(), [prompt], sampling)[0])
         with engine(models_of(stack), n_slots=12) as served:
             found = all_said(served, [*crowd(), *asks])[len(crowd()) :]
         assert [answer.ids for answer in found] == [answer.ids for answer in wanted]

@@ -55,6 +55,7 @@ class Asked(BaseModel):
     request_id: str = ""
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: dict[str, Any] | None = None
 
 
 @dataclass

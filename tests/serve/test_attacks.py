@@ -29,8 +29,10 @@ from serve.store import Store
 CHAT, TEXT, FEEDBACK = "/v1/chat/completions", "/v1/completions", "/v1/feedback"
 USER = {"role": "user", "content": "오늘 뭐 먹지?"}
 ASK: dict[str, Any] = {"model": "casual", "messages": [USER]}
+GO_ON: dict[str, Any] = {"model": "base", "prompt": "오늘은"}
 THUMB: dict[str, Any] = {"kind": "thumb", "messages": [USER], "answer": {"content": "김치찌개."}, "value": "up"}
 JSON = {"content-type": "application/json"}
+SPACES_GZ = gzip.compress(b" " * 10**8, mtime=0)  # the same bytes in every worker of pytest
 FOREIGN = {"origin": "http://evil.example"}
 KEY = "a-key-of-sixteen-characters"
 NULL = "\u0000"
@@ -42,6 +44,22 @@ def chat(**more: Any) -> bytes:
 
 def part(kind: str, **more: Any) -> bytes:
     return chat(messages=[{"role": "user", "content": [{"type": kind, **more}]}])
+
+
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def led(n: int) -> dict[str, Any]:
+    """A schema that leads on to another: a thousand of them end a process that follows them on its stack."""
+    return {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{n}"}}}
 
 
 TABLE = [
@@ -71,7 +89,7 @@ TABLE = [
     ("POST", CHAT, {"content-type": "text/plain"}, chat(), 415, "unsupported_media_type"),
     ("POST", CHAT, {"content-type": "multipart/form-data"}, b"model=casual", 415, "unsupported_media_type"),
     ("POST", CHAT, {"content-type": "application/json; charset=euc-kr"}, b"{}", 415, "unsupported_media_type"),
-    ("POST", CHAT, JSON | {"content-encoding": "gzip"}, gzip.compress(b" " * 10**8), 415, "unsupported_media_type"),
+    ("POST", CHAT, JSON | {"content-encoding": "gzip"}, SPACES_GZ, 415, "unsupported_media_type"),
     ("POST", CHAT, JSON, b" " * (MAX_BODY + 1), 413, "body_too_large"),
     ("POST", CHAT, JSON | {"content-length": str(100 * 2**20)}, b"{}", 413, "body_too_large"),
     ("POST", CHAT, JSON | {"content-length": "1e9"}, b"{}", 413, "body_too_large"),
@@ -95,7 +113,21 @@ TABLE = [
     ("POST", CHAT, JSON, chat(tokenizer="/etc/passwd"), 400, "unsupported_parameter"),
     ("POST", CHAT, JSON, chat(lora_request={"path": "/tmp/x"}), 400, "unsupported_parameter"),
     ("POST", CHAT, JSON, chat(guided_regex="(a+)+$"), 400, "unsupported_parameter"),
-    ("POST", CHAT, JSON, chat(response_format={"type": "json_schema"}), 400, "unsupported_parameter"),
+    ("POST", TEXT, JSON, json.dumps(GO_ON | form({})).encode(), 400, "unsupported_parameter"),
+    # forms of answers
+    ("POST", CHAT, JSON, chat(response_format={"type": "json_schema"}), 400, "missing_required_parameter"),
+    ("POST", CHAT, JSON, chat(response_format={"type": "regex", "regex": "(a+)+$"}), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"$ref": "http://169.254.169.254/latest"})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"$ref": "file:///etc/passwd"})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"enum": [f"값{n}" for n in range(10**5)]})), 413, "body_too_large"),
+    ("POST", CHAT, JSON, chat(**form({"enum": list(range(10**5))})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"minItems": 10**9})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"pattern": "(" * 5000 + "a" + "){1,9}" * 5000})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form(nested(40))), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"$defs": {f"d{n}": led(n + 1) for n in range(1000)}})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form(nested(400))), 400, "invalid_json"),
+    ("POST", CHAT, JSON, chat(**form({"properties": {f"p{n}": {} for n in range(10**4)}})), 400, "invalid_value"),
+    ("POST", CHAT, JSON, chat(**form({"x-guidance": {"lenient": True}, "not": {}})), 400, "invalid_value"),
     ("POST", CHAT, JSON, chat(model="../../etc/passwd"), 404, "model_not_found"),
     ("POST", CHAT, JSON, chat(model="/etc/passwd"), 404, "model_not_found"),
     ("POST", CHAT, JSON, chat(model="casual/../../x"), 404, "model_not_found"),

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from serve.engines.bases import BasesEngine
+from serve.engines.bases_panel import Member, Panel
 from serve.engines.contract import Ask, Engine, One, Reply
 from serve.engines.rows import RowsEngine
 from serve.engines.vllm import VllmEngine
 from serve.refusal import Refusal
 from tests.serve.fake_vllm import described, fake_of, running
+from toolkit.bundle import Run
 from toolkit.corpus.talk import Turn
 from toolkit.generate import Sampling
 
@@ -153,6 +156,17 @@ class TestRowsEngineOverModelsOfTheirOwn(EngineContract):
     @pytest.fixture
     def engine(self, bare: Any) -> Iterator[Engine]:
         engine = RowsEngine(bare.alone, n_slots=4, n_queue=32)
+        yield engine
+        engine.close()
+
+
+class TestBasesEngine(EngineContract):
+    """Members on bases of their own, each asked alone."""
+
+    @pytest.fixture
+    def engine(self, bare: Any) -> Iterator[Engine]:
+        members = {name: Member(model.served, model.loaded) for name, model in bare.alone.items()}
+        engine = BasesEngine(Panel(Run(Path("casual")), members["casual"].served, members), n_queue=32)
         yield engine
         engine.close()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from serve.engines.contract import Ask, Mix, One
-from serve.engines.labelling import TEXT, wording
+from serve.engines.labelling import TEXT, Wording, wording
 from serve.engines.models import Model
 from serve.engines.rows import RowsEngine
 from serve.refusal import Refusal
@@ -148,8 +148,18 @@ def test_a_text_stands_in_the_words_that_a_run_was_taught_with(tmp_path: Path) -
         '  format: {kind: labels, text: document, label: label, template: "{text}\\n감정:"}\n',
         encoding="utf-8",
     )
-    assert wording(Run(tmp_path), "classify") == "{text}\n감정:"
-    assert wording(Run(tmp_path), "chat") == TEXT
+    assert wording(Run(tmp_path), "classify") == Wording("{text}\n감정:")
+    assert wording(Run(tmp_path), "chat") == Wording(TEXT)
+
+
+def test_a_system_turn_that_a_run_was_taught_with_stands_before_each_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: mood\ntask: classify\nbase: {model: spoken-mini}\ndata:\n  train: [talk.csv]\n  system: 느낌을 말해\n"
+        "  format: {kind: labels, text: document, label: label}\n",
+        encoding="utf-8",
+    )
+    turns = wording(Run(tmp_path), "classify").turns("좋다")
+    assert turns == (Turn("system", "느낌을 말해"), Turn("user", "좋다"))
 
 
 def test_an_engine_that_stops_labels_nothing(engine: RowsEngine) -> None:

@@ -17,6 +17,11 @@ def read(**more: Any) -> Chat:
     return read_chat(json.dumps(ASK | more).encode(), max_tokens=100)
 
 
+def form(wanted: Any, **more: Any) -> dict[str, Any]:
+    inner = {"name": more.pop("name", "x"), "schema": more.pop("schema", wanted)}
+    return {"type": "json_schema", "json_schema": inner} | more
+
+
 def refused(body: bytes) -> Refusal:
     with pytest.raises(Refusal) as raised:
         read_chat(body, max_tokens=100)
@@ -48,7 +53,13 @@ def refused(body: bytes) -> Refusal:
         ("maltu", {"mix": {"a": 1}, "vote": ["a"]}, "maltu", "invalid_value"),
         ("maltu", {"over": "prob"}, "maltu", "invalid_value"),
         ("tools", [{"type": "function"}], "tools", "unsupported_parameter"),
-        ("response_format", {"type": "json_object"}, "response_format", "unsupported_parameter"),
+        ("response_format", {"type": "grammar"}, "response_format.type", "invalid_value"),
+        ("response_format", "json", "response_format", "invalid_value"),
+        ("response_format", {"type": "json_schema"}, "response_format", "missing_required_parameter"),
+        ("response_format", form({}, type="json_object"), "response_format", "invalid_value"),
+        ("response_format", form({}, name="이름"), "response_format.json_schema.name", "invalid_value"),
+        ("response_format", form({}, schema=[]), "response_format.json_schema.schema", "invalid_value"),
+        ("response_format", form({"$ref": "http://a.example/s"}), "response_format", "invalid_value"),
         ("chat_template", "{{ 1 }}", "chat_template", "unsupported_parameter"),
         ("temperature", 2.1, "temperature", "invalid_value"),
         ("temperature", "0.7", "temperature", "invalid_value"),
@@ -161,6 +172,14 @@ def test_a_field_that_asks_for_nothing_is_taken(nothing: dict[str, Any]) -> None
 def test_fields_without_effect_are_reported() -> None:
     asked = read(user="kim", metadata={"a": "b"}, store=True, service_tier="auto")
     assert asked.unused == ["user", "metadata", "store", "service_tier"]
+
+
+def test_a_form_is_handed_on_as_a_schema_in_its_own_words() -> None:
+    assert read().form is None and read(response_format={"type": "text"}).form is None
+    assert read(response_format={"type": "json_object"}).form == '{"type":"object"}'
+    schema = {"properties": {"기분": {"enum": ["좋음"]}, "가": {}}}
+    asked = read(response_format=form(schema) | {"json_schema": form(schema)["json_schema"] | {"strict": False}})
+    assert asked.form == '{"properties":{"기분":{"enum":["좋음"]},"가":{}}}' and asked.unused == []
 
 
 def test_text_parts_are_joined_and_composed() -> None:

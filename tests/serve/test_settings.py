@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from serve.engines import forward
 from serve.keys import key_of
-from serve.settings import is_loopback, read_settings
+from serve.settings import FORWARDS, is_loopback, read_settings
 from toolkit.errors import InputError
 
 KEY = "key-of-sixteen-characters"
@@ -113,9 +114,17 @@ def test_a_vllm_server_computes_where_told_and_its_key_is_its_own_variable() -> 
         (["--engine", "vllm", "--vllm-url", "http://me:pw@gpu:8001"], "--vllm-url"),
         (["--engine", "vllm", "--vllm-url", "http://gpu:8001/v1"], "--vllm-url"),
         (["--engine", "vllm", "--vllm-url", "http://gpu:8001", "--device", "cuda"], "--device"),
+        (["--engine", "vllm", "--vllm-url", "http://gpu:8001", "--forward", "lean"], "--forward"),
+        (["--forward", "fast"], "--forward"),
     ],
 )
 def test_engines_that_cannot_be_are_refused(words: list[str], where: str) -> None:
     with pytest.raises(InputError) as raised:
         read_settings(["casual", *words], {})
     assert [problem.where for problem in raised.value.problems] == [where]
+
+
+def test_how_this_process_computes_is_a_setting_whose_names_are_those_of_the_engine() -> None:
+    assert read_settings(["casual"], {}).forward == "auto"
+    assert read_settings(["casual"], {"MALTU_FORWARD": "modules"}).forward == "modules"
+    assert forward.FORWARDS == FORWARDS

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,27 @@ def test_every_choice_of_sampling_is_said(engine: VllmEngine, fake: FakeVllm) ->
     assert second["seed"] != body["seed"] and engine.load().n_reused == 6 and engine.load().n_hits == 2
 
 
+def test_a_form_goes_over_in_the_servers_own_words(engine: VllmEngine, fake: FakeVllm, runs: Path) -> None:
+    answered(engine, replace(ask(), schema='{"enum":["밥","국"]}'))
+    answered(engine, ask())
+    form = {"name": "answer", "schema": {"enum": ["밥", "국"]}, "strict": True}
+    assert fake.bodies[0]["response_format"] == {"type": "json_schema", "json_schema": form}
+    assert described(runs)["polite"].tokenizer.eos_token_id in fake.bodies[0]["stop_token_ids"]
+    assert "response_format" not in fake.bodies[1]
+
+
+def test_a_form_that_the_server_does_not_take_is_refused_by_name(engine: VllmEngine, fake: FakeVllm) -> None:
+    fake.context = 1  # whatever it refuses
+    refusal = refused(engine, replace(ask(), schema='{"not":{}}'))
+    assert (refusal.status, refusal.param) == (400, "response_format")
+
+
 def test_whatever_else_a_request_may_say_one_day_has_to_be_said_or_refused_here() -> None:
     said = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "stop", "seed"}
     said |= {"presence_penalty", "frequency_penalty", "logit_bias"}
     assert {field.name for field in fields(Sampling)} == said
-    assert {field.name for field in fields(Ask)} == {"id", "who", "turns", "sampling", "n_logprobs", "row", "key"}
+    asked = {"id", "who", "turns", "sampling", "n_logprobs", "row", "key", "schema"}
+    assert {field.name for field in fields(Ask)} == asked
 
 
 def test_a_character_in_several_tokens_comes_whole(engine: VllmEngine, fake: FakeVllm, runs: Path) -> None:

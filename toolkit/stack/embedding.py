@@ -85,11 +85,11 @@ class EmbeddingShelf(Shelf):
         made = super().adapter(slot)
         return Adapter(made.kind, {IDS: self._ids[self.places[slot]].cpu(), **made.tensors}, made.config)
 
-    def _on_output(self, module: nn.Module, inputs: tuple[Any, ...], output_BTH: Tensor) -> Tensor | None:
-        del module
+    def embedded(self, ids_BT: Tensor, output_BTH: Tensor) -> Tensor:
+        """What the embedding gives with its adapters, where it gave this for these tokens without them."""
         if self.now is None or self.now.plan is None:
-            return None
-        ids_BT, plan, dense_PNH = inputs[0], self.now.plan, self.tables[DELTA].dense
+            return output_BTH
+        plan, dense_PNH = self.now.plan, self.tables[DELTA].dense
         if ids_BT.dim() != 2 or ids_BT.shape[0] != plan.n_rows:
             raise AdapterError(
                 f"input_ids are {tuple(ids_BT.shape)} where the batch has {plan.n_rows} rows. Pass rows by tokens."
@@ -99,3 +99,7 @@ class EmbeddingShelf(Shelf):
         flat_BT = place_B1 * dense_PNH.shape[1] + (row_BT - 1).clamp(min=0)
         extra_BTH = functional.embedding(flat_BT, dense_PNH.flatten(0, 1)) * (row_BT > 0).unsqueeze(-1)
         return output_BTH + extra_BTH.to(output_BTH.dtype)
+
+    def _on_output(self, module: nn.Module, inputs: tuple[Any, ...], output_BTH: Tensor) -> Tensor:
+        del module
+        return self.embedded(inputs[0], output_BTH)

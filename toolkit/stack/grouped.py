@@ -88,6 +88,15 @@ class Gathered:
     plan: Plan
     rows: Tensor
     back_B: Tensor
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def back_X(self, n_layers: int) -> Tensor:
+        """Where row b of layer m lies in products [G, M, N], flattened: at b·M + m. Worked out once."""
+        if n_layers not in self.kept:
+            size, layer_M = self.plan.group_size, torch.arange(n_layers, device=self.back_B.device)
+            first_B1 = (self.back_B // size * n_layers * size + self.back_B % size).unsqueeze(1)
+            self.kept[n_layers] = (first_B1 + layer_M * size).flatten()
+        return self.kept[n_layers]
 
 
 @dataclass
@@ -177,7 +186,8 @@ def add_grouped(y: Tensor, x_GNI: Tensor, a_GRI: Tensor, b_GRO: Tensor, scale_G1
         u_GNR = u_GNR * scale_G11
     n_groups, n_tokens, _ = x_GNI.shape
     y_GNO = y.reshape(n_groups, n_tokens, y.shape[-1])
-    if y.dtype == b_GRO.dtype == u_GNR.dtype and not torch.is_grad_enabled() and y.is_contiguous():
+    lies_there = y_GNO.data_ptr() == y.data_ptr()  # a part of a wider tensor may do so too
+    if y.dtype == b_GRO.dtype == u_GNR.dtype and not torch.is_grad_enabled() and lies_there:
         y_GNO.baddbmm_(u_GNR, b_GRO)
         return y
     return torch.baddbmm(as_read(y_GNO, u_GNR.dtype), u_GNR, b_GRO).to(y.dtype).view(y.shape)

@@ -2,8 +2,9 @@
 
 # G groups of rows, N tokens in a group, K adapters, I/O features in/out, R rank, P places.
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from toolkit.adapters import anatomy
 from toolkit.errors import AloneError
 from toolkit.stack.adapter import ALONE, Adapter
+from toolkit.stack.beside import Beside
 from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, as_read, dropped, in_groups, on_device, shares
 from toolkit.stack.shelf import Now, Room, Shelf, holding_layer, in_expert_list, layer_numbers, refuse_misfit
 from toolkit.stack.table import Table
@@ -112,6 +114,29 @@ class LoraShelf(Shelf):
         pair = self._pairs.get(module)
         return y if pair is None or self.now is None else self._added(pair, self.now, x, y)
 
+    def update_parts(self, modules: Sequence[str], x: Tensor, y: Tensor, widths: Sequence[int]) -> None:
+        """The same for layers that read the same x and wrote their outputs beside each other into y, which is changed.
+
+        Costs one matmul down for all of them, and one up for each, or for all where each group is one token.
+        """
+        now = self.now
+        if now is None:
+            return
+        named = zip(modules, torch.split(y, list(widths), dim=-1), strict=True)
+        own = [(pair, part) for module, part in named if (pair := self._pairs.get(module)) is not None]
+        is_plain = now.mix is None and now.draw_B is None and not self.learns and x.dtype == y.dtype == self.dtype
+        if is_plain and now.plan is not None and own and not torch.is_grad_enabled():
+            rank = max(pair.a_PRI.dense.shape[1] for pair, _ in own)
+            together = now.plan.gathered(x, rank)
+            beside = self._beside([pair for pair, _ in own], now.plan if together is None else together.plan)
+            if beside is not None:
+                beside.add([part for _, part in own], x, together, y if len(own) == len(modules) else None)
+                return
+        for pair, part in own:
+            made = self._added(pair, now, x, part)
+            if made is not part:
+                part.copy_(made)
+
     def _hook(self, pair: Pair) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             del module
@@ -164,6 +189,25 @@ class LoraShelf(Shelf):
         plan.n_kept_bytes += n_bytes
         plan.kept[pair.name] = (a_GRI, b_GRO * scale_G11, None)
         return a_GRI, b_GRO * scale_G11, None
+
+    def _beside(self, pairs: Sequence[Pair], plan: Plan) -> Beside | None:
+        """A and B of several layers for each group, gathered once; None where there is no room to keep them."""
+        key = ("beside", *(pair.name for pair in pairs))
+        found: Beside | None = plan.kept.get(key)
+        n_numbers = sum(math.prod(pair.a_PRI.dense.shape[1:]) + math.prod(pair.b_PRO.dense.shape[1:]) for pair in pairs)
+        n_bytes = len(plan.places) * n_numbers * self.dtype.itemsize
+        if found is None and n_bytes <= self.room.n_bytes:
+            gathered = [self._scaled(pair, plan) for pair in pairs]
+            found = Beside.of([a_GRI for a_GRI, _ in gathered], [b_GRO for _, b_GRO in gathered])
+            self.room.n_bytes -= n_bytes
+            plan.n_kept_bytes += n_bytes
+            plan.kept[key] = found
+        return found
+
+    def _scaled(self, pair: Pair, plan: Plan) -> tuple[Tensor, Tensor]:
+        a_GRI, b_GRO = plan.select(pair.a_PRI.dense), plan.select(pair.b_PRO.dense)
+        scales = [pair.scales.get(place, 0.0) for place in plan.places]
+        return a_GRI, b_GRO * on_device(scales, a_GRI.device, self.dtype).view(-1, 1, 1)
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:

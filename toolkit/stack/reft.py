@@ -103,14 +103,16 @@ class ReftShelf(Shelf):
         }
         return Adapter(made.kind, used, made.config)
 
+    def edited(self, number: int, hidden: Tensor) -> Tensor:
+        """What a decoder layer gives with its adapters, where it gave this without them."""
+        return hidden if self.now is None or number not in self._handles else self._edited(number, self.now, hidden)
+
     def _hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             del module, inputs
-            if self.now is None:
-                return None
             if isinstance(output, tuple):
-                return (self._edited(number, self.now, output[0]), *output[1:])
-            return self._edited(number, self.now, output)
+                return (self.edited(number, output[0]), *output[1:])
+            return self.edited(number, output)
 
         return on_output
 

@@ -80,12 +80,9 @@ class Stack:
         self._room = Room(keep_mb * 2**20)
         self.prefixes = PrefixShelf(base, dtype, self._room)
         self.loras = LoraShelf(base, dtype, self._room)
-        made: tuple[Shelf, ...] = (
-            self.loras,
-            self.prefixes,
-            ReftShelf(base, dtype, self._room),
-            EmbeddingShelf(base, dtype, self._room),
-        )
+        self._refts = ReftShelf(base, dtype, self._room)
+        self._embeddings = EmbeddingShelf(base, dtype, self._room)
+        made: tuple[Shelf, ...] = (self.loras, self.prefixes, self._refts, self._embeddings)
         self._shelves = {shelf.kind: shelf for shelf in made}
         self._slots: dict[str, int] = {}
         self._kinds: dict[str, str] = {}
@@ -240,6 +237,20 @@ class Stack:
         """Inside `routed`: what the linear layer named gives, where the base's gave `y` for `x`; for forward passes
         written by hand, which call no module. `y` may be changed in place where no gradient is wanted."""
         return self.loras.update(module, x, y)
+
+    def update_parts(self, modules: Sequence[str], x: Tensor, y: Tensor, widths: Sequence[int]) -> None:
+        """The same for several layers that read the same x; their outputs lie beside each other in y, so wide each, and
+        are changed in place. No gradients.
+        """
+        self.loras.update_parts(modules, x, y, widths)
+
+    def embedded(self, ids: Tensor, x: Tensor) -> Tensor:
+        """Inside `routed`: what the input embedding gives, where the base's gave `x` for these token ids."""
+        return self._embeddings.embedded(ids, x)
+
+    def edited(self, layer: int, hidden: Tensor) -> Tensor:
+        """Inside `routed`: what a decoder layer gives, where the base's gave this."""
+        return self._refts.edited(layer, hidden)
 
     # Learning
 
