@@ -190,6 +190,9 @@ def test_scorings_do_not_wait_for_an_answer_and_the_queue_is_bounded(
             await engine.submit(asked("talks"))
         assert full.value.status == 429 and engine.load().n_running == 1 and engine.load().n_waiting == 1
         second.cancel()
+        third = await engine.submit(asked("talks"))  # nobody waits in the place of one that was cancelled
+        assert engine.load().n_waiting == 1
+        third.cancel()
         first.cancel()
         assert {piece async for piece in pieces} <= {"말"} and first.answer.finish == "cancelled"
         assert "".join([piece async for piece in second]) == "" and second.answer.finish == "cancelled"

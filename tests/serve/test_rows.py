@@ -1,6 +1,7 @@
 """The engine's own promises: a bounded queue, turns between runs, and trouble that stays with the one it met."""
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from serve.engines.contract import Ask, One
-from serve.engines.models import share_weights
+from serve.engines.models import Model, share_weights
 from serve.engines.rows import RowsEngine
 from serve.refusal import Refusal
 from toolkit.corpus.talk import Turn
 from toolkit.generate import Sampling
+from toolkit.stack.stack import Stack
 
 ENDLESS = Sampling(temperature=1.0, max_tokens=200, seed=1)
 
@@ -147,3 +149,18 @@ def test_equal_weights_are_held_once_and_different_ones_are_kept() -> None:
     other.load_state_dict({"weight": one.weight.detach().clone(), "bias": one.bias.detach() + 1})
     assert share_weights(one, other) == 1
     assert other.weight.data_ptr() == one.weight.data_ptr() and not torch.equal(other.bias, one.bias)
+
+
+def test_what_a_model_of_its_own_shares_with_the_base_stays_shared_when_the_base_is_laid_out_anew(
+    bare: Any,
+) -> None:
+    base, lone = copy.deepcopy(bare.loaded.base.model), copy.deepcopy(bare.loaded.base.model)
+    stack = Stack(base, base_hash=bare.loaded.base.hash)
+    assert share_weights(base, lone) > 0
+    models = {
+        "base": Model(bare.models["base"].served, replace(bare.loaded, model=base), stack),
+        "lone": Model(bare.models["casual"].served, replace(bare.loaded, model=lone)),
+    }
+    engine = RowsEngine(models, forward="lean")
+    engine.close()
+    assert [one.data_ptr() for one in base.parameters()] == [one.data_ptr() for one in lone.parameters()]
