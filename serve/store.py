@@ -7,6 +7,7 @@ The layout's history is serve/migrations; a store is brought up to date when it 
 
 import json
 import random
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,10 +243,24 @@ def _open(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def settle(connection: Any, _: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+        _to_wal(connection)
+        for pragma in ("synchronous=FULL", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     return engine
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Have SQLite write ahead; where others are opening the same database it does not wait by itself."""
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as busy:
+            if "locked" not in str(busy) or time.monotonic() > until:
+                raise
+            time.sleep(random.random() * _TURN_S)
 
 
 def _migrate(engine: Engine) -> None:

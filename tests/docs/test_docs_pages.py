@@ -37,7 +37,7 @@ NOT_RUN = {
     "Docker": {("docs/deploy.md", "docker build")},
     "a server elsewhere": {
         ("docs/deploy.md", "VLLM_ALLOW"), ("docs/serving.md", "curl -X POST"),
-        ("docs/serving.md", "python -m serve feedback export"),
+        ("docs/serving.md", "python -m serve feedback export"), ("docs/serving.md", "pip install 'maltu[otel]'"),
     },
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from serve.engines.contract import Ask, One
 from serve.engines.models import Model, share_weights
@@ -103,8 +104,8 @@ def test_answers_of_several_runs_grow_side_by_side(bare: Any) -> None:
 
 
 def test_a_model_that_breaks_fails_its_own_request_alone(bare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def __getattr__(self, name: str) -> Any:
+    class Broken(torch.nn.Module):
+        def forward(self, *_: Any, **__: Any) -> Any:
             raise ZeroDivisionError("inside the model")
 
     broken = replace(bare.alone["polite"], loaded=replace(bare.loaded, model=Broken()))
@@ -143,8 +144,6 @@ def test_special_tokens_that_a_user_types_stay_text(bare: Any) -> None:
 
 
 def test_equal_weights_are_held_once_and_different_ones_are_kept() -> None:
-    import torch
-
     one, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     other.load_state_dict({"weight": one.weight.detach().clone(), "bias": one.bias.detach() + 1})
     assert share_weights(one, other) == 1

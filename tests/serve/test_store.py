@@ -1,6 +1,7 @@
 """The store: what is acknowledged is there, on SQLite and on a real PostgreSQL."""
 
 import concurrent.futures
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -153,3 +154,17 @@ def test_a_store_that_is_no_database_is_told(tmp_path: Path) -> None:
     (tmp_path / "feedback.db").write_bytes(b"no database " * 1000)
     with pytest.raises(StoreError, match="not a database"):
         Store(f"sqlite:///{tmp_path}/feedback.db")
+
+
+def test_a_new_store_that_somebody_holds_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    import sqlite3
+
+    holder = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None, check_same_thread=False)
+    holder.execute("CREATE TABLE held (x)")
+    holder.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.5, lambda: holder.execute("COMMIT")).start()
+    store = Store(f"sqlite:///{tmp_path}/feedback.db")
+    store.add(thumb())
+    assert store.count(Which()) == (1, 0)
+    store.close()
+    holder.close()
