@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -125,6 +126,19 @@ class World:
             rows = row_T.unsqueeze(0)
             logits: Tensor = self._alone[name](input_ids=rows, attention_mask=torch.ones_like(rows)).logits
         return logits[0]
+
+
+class Worlds:
+    """A world for each base and type, made when it is first asked for."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._made: dict[tuple[str, torch.dtype], World] = {}
+
+    def __call__(self, base: str, dtype: torch.dtype = torch.float32) -> World:
+        if (base, dtype) not in self._made:
+            self._made[base, dtype] = World(self._folders.mktemp(base) / "adapters", base, dtype)
+        return self._made[base, dtype]
 
 
 def padded(rows: Sequence[Tensor], side: str, width: int) -> tuple[Tensor, Tensor]:

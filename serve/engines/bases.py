@@ -18,8 +18,9 @@ from functools import partial
 from typing import Any
 
 from serve.engines.bases_panel import Asked, Member, Panel
-from serve.engines.contract import Ask, Engine, Load, Reply, Served, State, Times, Who
+from serve.engines.contract import Ask, Engine, Load, Reply, Served, Who
 from serve.engines.grammars import Grammars, unfollowed
+from serve.engines.health import Health
 from serve.engines.labelling import wording
 from serve.engines.row import Event, Piece, Told
 from serve.refusal import Refusal, failed, queue_full, stopping
@@ -29,8 +30,6 @@ from toolkit.grammar import Grammar
 from toolkit.writing import Answer, TokenLogprob, Writing
 
 _log = logging.getLogger("maltu.serve.bases")
-MANY_FAILURES = 3  # answers in a row that failed; for FAILING_S the engine then says so
-FAILING_S = 30.0
 RETRY_S = 5
 
 
@@ -39,8 +38,6 @@ class Voting(Told):
 
     n_prompt: of the first member, whose tokenizer counts. A member draws the noise that it would draw alone.
     """
-
-    times: Times
 
     def __init__(
         self, ask: Ask, asked: Asked, prompts: Sequence[list[int]], grammars: Sequence[Grammar | None]
@@ -51,7 +48,6 @@ class Voting(Told):
         given = zip(asked.members, prompts, grammars, strict=True)
         self.writings = [self._writing(member, prompt, grammar) for member, prompt, grammar in given]
         self.pieces = self._pieces()
-        self._cancelled = threading.Event()
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
@@ -59,15 +55,6 @@ class Voting(Told):
         if self._answer is not None:
             return self._answer.logprobs
         return self.writings[0].logprobs[: self._n_logprobs] if len(self.writings) == 1 else ()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody listens any more."""
-        return self._cancelled.is_set()
-
-    def cancel(self) -> None:
-        """See Reply."""
-        self._cancelled.set()
 
     def _writing(self, member: Member, prompt: list[int], grammar: Grammar | None) -> Writing:
         ask, own = self.ask, member.talking()
@@ -101,8 +88,8 @@ class BasesEngine(Engine):
         self._waiting: deque[Voting] = deque()
         self._scorings: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._now: Voting | None = None
-        self._n_coming = self._n_failures = self._n_in_a_row = self._n_prompt = 0
-        self._failed_at = -math.inf
+        self._n_coming = self._n_prompt = 0
+        self._health = Health()
         self._is_open, self._deadline = True, math.inf
         self._changed = threading.Condition()  # guards everything above
         self._renders, self._grammars = ThreadPoolExecutor(1, thread_name_prefix="render"), Grammars()
@@ -161,14 +148,9 @@ class BasesEngine(Engine):
     def load(self) -> Load:
         """See Engine.load."""
         with self._changed:
-            is_failing = self._n_in_a_row >= MANY_FAILURES and time.monotonic() - self._failed_at < FAILING_S
-            state: State = "failing" if is_failing else "ready"
-            if not self._worker.is_alive():
-                state = "stopped"
-            elif not self._is_open:
-                state = "draining"
+            state = self._health.state(is_alive=self._worker.is_alive(), is_open=self._is_open)
             n_waiting = sum(not row.is_cancelled for row in self._waiting) + self._n_coming
-            return Load(state, int(self._now is not None), n_waiting, self._n_failures, self._n_prompt)
+            return Load(state, int(self._now is not None), n_waiting, self._health.n_failures, self._n_prompt)
 
     def drain(self, limit_s: float) -> None:
         """See Engine.drain."""
@@ -243,7 +225,7 @@ class BasesEngine(Engine):
             if is_late:
                 raise stopping()
             done.set_result(job())
-            self._n_in_a_row = 0
+            self._health.went_well()
         except Refusal as refusal:
             done.set_exception(refusal)
         except Exception as error:  # whoever asked for it is told
@@ -270,7 +252,7 @@ class BasesEngine(Engine):
             return
         row.times.first = row.times.first or time.time_ns()
         if isinstance(event, Answer):
-            self._n_in_a_row = 0
+            self._health.went_well()
             self._end(row, event)
         elif event is not None:
             _tell(row, event)
@@ -283,9 +265,7 @@ class BasesEngine(Engine):
 
     def _count_failure(self) -> None:
         with self._changed:
-            self._n_failures += 1
-            self._n_in_a_row += 1
-            self._failed_at = time.monotonic()
+            self._health.failed()
 
 
 def _tell(row: Voting, event: Event) -> None:

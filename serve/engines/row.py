@@ -84,6 +84,7 @@ class Told(Reply):
         self._answer: Answer | None = None
         self._n_logprobs = 0
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._cancelled = threading.Event()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """See Reply."""
@@ -103,6 +104,15 @@ class Told(Reply):
         if self._answer is None:
             raise RuntimeError("the answer is not over yet")
         return self._answer
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody listens any more."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """See Reply."""
+        self._cancelled.set()
 
     def put(self, event: Event) -> None:
         """Take an event in; on the event loop."""
@@ -126,7 +136,6 @@ class Row(Told):
         self.ticket = Ticket(team.label, len(prompt), n_columns, is_alone, n_rows=len(team.models))
         self.pieces: Generator[str, None, None] | None = None
         self.since = time.monotonic()
-        self._cancelled = threading.Event()
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
@@ -134,11 +143,6 @@ class Row(Told):
         if self._answer is not None:
             return self._answer.logprobs
         return self.voices[0].writing.logprobs[: self._n_logprobs] if len(self.voices) == 1 else ()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody listens any more."""
-        return self._cancelled.is_set()
 
     @property
     def lanes(self) -> list[Lane]:
@@ -149,10 +153,6 @@ class Row(Told):
     def tells(self) -> bool:
         """Whether its text can be shown as it comes: a vote is over when all have said theirs."""
         return len(self.voices) == 1
-
-    def cancel(self) -> None:
-        """See Reply."""
-        self._cancelled.set()
 
     def conclude(self) -> tuple[str, Answer]:
         """What has not been shown yet, and the answer, once every voice is over: of a vote the majority's words."""

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from serve.engines.batch import Batch
 from serve.engines.changing import adapters_of, changed
-from serve.engines.contract import Ask, Engine, Load, Reply, Served, State, Who
+from serve.engines.contract import Ask, Engine, Load, Reply, Served, Who
 from serve.engines.forward import AUTO
 from serve.engines.grammars import Grammars, unfollowed
+from serve.engines.health import Health
 from serve.engines.labelling import label, labeller, labels_of, wording
 from serve.engines.models import Model, share_weights
 from serve.engines.reuse import Reuse
@@ -42,8 +43,6 @@ from toolkit.grammar import GrammarError
 from toolkit.writing import Answer
 
 _log = logging.getLogger("maltu.serve.rows")
-MANY_FAILURES = 3  # answers in a row that failed; for FAILING_S the engine then says so
-FAILING_S = 30.0
 BREATH_S = 0.1  # between a crash and the next step
 REUSED_SHARE = 0.25  # of the memory for keys and values, for texts that may begin alike
 _T = TypeVar("_T")
@@ -82,8 +81,7 @@ class RowsEngine(Engine):
         self._coming: dict[object, Team] = {}
         self._leaving: set[str] = set()  # adapters of the stack that no model has any more
         self._is_open, self._deadline = True, math.inf
-        self._n_failures = self._n_in_a_row = 0
-        self._failed_at = -math.inf
+        self._health = Health()
         self._changed = threading.Condition()  # guards scheduler, rows, jobs and what is above, but not the batch
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
@@ -138,15 +136,12 @@ class RowsEngine(Engine):
     def load(self) -> Load:
         """See Engine.load."""
         with self._changed:
-            is_failing = self._n_in_a_row >= MANY_FAILURES and time.monotonic() - self._failed_at < FAILING_S
-            state: State = "failing" if is_failing else "ready"
-            if not self._worker.is_alive():
-                state = "stopped"
-            elif not self._is_open:
-                state = "draining"
+            state = self._health.state(is_alive=self._worker.is_alive(), is_open=self._is_open)
             n_running, n_waiting = len(self._scheduler.running), len(self._scheduler.waiting) + len(self._coming)
             counts = self._batch.counts
-            return Load(state, n_running, n_waiting, self._n_failures, counts.n_prompt, counts.n_reused, counts.n_hits)
+            return Load(
+                state, n_running, n_waiting, self._health.n_failures, counts.n_prompt, counts.n_reused, counts.n_hits
+            )
 
     def drain(self, limit_s: float) -> None:
         """See Engine.drain."""
@@ -244,9 +239,9 @@ class RowsEngine(Engine):
             writing = [self._rows[ticket] for ticket in step.writing]
             reading = [(self._rows[ticket], n_tokens) for ticket, n_tokens in step.reading]
             if self._batch.run(writing, reading):
-                self._n_in_a_row = 0
+                self._health.went_well()
         if step.alone is not None and self._batch.run_alone(self._rows[step.alone]):
-            self._n_in_a_row = 0
+            self._health.went_well()
 
     def _do(self, jobs: Sequence[tuple[Future[Any], Callable[[], Any]]]) -> None:
         for done, job in jobs:
@@ -286,9 +281,7 @@ class RowsEngine(Engine):
 
     def _count_failure(self) -> None:
         with self._changed:
-            self._n_failures += 1
-            self._n_in_a_row += 1
-            self._failed_at = time.monotonic()
+            self._health.failed()
 
     def _end(self, row: Row, event: Event, took_s: float | None = None) -> None:
         """A row is over; its place is free."""
@@ -306,7 +299,7 @@ class RowsEngine(Engine):
         self._count_failure()
         with self._changed:
             tickets = list(self._scheduler.running)
-            if self._n_in_a_row >= MANY_FAILURES:
+            if self._health.is_bad:
                 tickets = list(self._rows)
             for ticket in tickets:
                 self._scheduler.leave(ticket)

@@ -13,7 +13,7 @@ from serve.engines.forward import LEAN, MODULES
 from serve.engines.fusing import joined
 from serve.engines.slots import Seat, Slots
 from tests.gated_world import EXPERTS, some_gate
-from tests.stacked_world import BASES, SIZES, World, make_base, off, some_rows
+from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows
 from toolkit.combine.gate import Gate
 from toolkit.combine.gate_start import arrow_gate
 from toolkit.errors import BaseError
@@ -50,18 +50,11 @@ NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) f
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], World]]:
-    made: dict[str, World] = {}
-
-    def world(name: str) -> World:
-        if name not in made:
-            made[name] = World(tmp_path_factory.mktemp(name) / "adapters", name)
-        return made[name]
-
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     with pytest.MonkeyPatch.context() as patch:
         for name, config in FAMILIES.items():
             patch.setitem(BASES, name, config)
-        yield world
+        yield Worlds(tmp_path_factory)
 
 
 class Both:

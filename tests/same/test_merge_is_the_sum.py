@@ -18,7 +18,7 @@ from tests.combined_world import (
     stacked_logits,
     words,
 )
-from tests.stacked_world import TOLERANCE, World, make_base, off, some_rows
+from tests.stacked_world import TOLERANCE, Worlds, make_base, off, some_rows
 from toolkit.combine.lowrank import Update, distance, norm
 from toolkit.combine.merge import merge
 from toolkit.combine.methods import names_of
@@ -34,15 +34,8 @@ ROWS = some_rows(3)
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, World] = {}
-
-    def world(base: str) -> World:
-        if base not in made:
-            made[base] = World(tmp_path_factory.mktemp(base) / "adapters", base)
-        return made[base]
-
-    return world
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory)
 
 
 def opened(folders: dict[str, Path], base: str) -> Any:

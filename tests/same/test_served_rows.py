@@ -4,6 +4,7 @@ Rows of every kind of adapter and of the base in one batch, of different lengths
 """
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, MistralConfig
 
 from serve.engines.slots import Slots, unfit
-from tests.stacked_world import BASES, SIZES, World, make_base, off, some_rows, worn
+from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows, worn
 from toolkit.sampling import Sampling
 from toolkit.writing import Writing, next_tokens
 
@@ -40,18 +41,11 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, World] = {}
-
-    def world(base: str) -> World:
-        if base not in made:
-            made[base] = World(tmp_path_factory.mktemp(base) / "adapters", base)
-        return made[base]
-
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     with pytest.MonkeyPatch.context() as patch:
         for name, config in WINDOWS.items():
             patch.setitem(BASES, name, config)
-        yield world
+        yield Worlds(tmp_path_factory)
 
 
 def requests() -> list[tuple[str | None, list[int], Sampling]]:

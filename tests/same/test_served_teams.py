@@ -2,7 +2,7 @@
 and what was read before changes no answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from serve.engines.contract import Ask, Mix, One, Vote
 from tests.combined_world import words
 from tests.gated_world import EXPERTS, shaken, some_gate
 from tests.served_world import all_said, ask, combined, engine, gated_model, models_of, watch
-from tests.stacked_world import World, some_rows
+from tests.stacked_world import Worlds, some_rows
 from toolkit.combine.gate import gated
 from toolkit.combine.mix import Mix as OfStack
 from toolkit.combine.mix import Over
@@ -32,15 +32,8 @@ MIXES: list[tuple[dict[str, float], Over]] = [
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
-    made: dict[str, World] = {}
-
-    def world(base: str) -> World:
-        if base not in made:
-            made[base] = World(tmp_path_factory.mktemp(base) / "adapters", base)
-        return made[base]
-
-    return world
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory)
 
 
 def samplings(seed: int) -> list[Sampling]:

@@ -15,7 +15,7 @@ from tests.stacked_world import (
     SEEN,
     SIZES,
     TOLERANCE,
-    World,
+    Worlds,
     make_base,
     off,
     padded,
@@ -33,15 +33,8 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in BASES if name !
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[Any, World] = {}
-
-    def world(base: str, dtype: torch.dtype = torch.float32) -> World:
-        if (base, dtype) not in made:
-            made[base, dtype] = World(tmp_path_factory.mktemp(base) / "adapters", base, dtype)
-        return made[base, dtype]
-
-    return world
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory)
 
 
 @pytest.mark.parametrize("base", ["llama", *OTHERS])
