@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from toolkit.bundle import Run
 from toolkit.ensemble.experts import Seen
 from toolkit.track import Track, drop_numbers, read_metrics
-
-LOSS, VALID = "loss/", "valid_loss/"
-GATE = "gate/"
+from toolkit.trackers.contract import LOSS_OF, OF_GATE, VALID_LOSS_OF
 
 
 class Curves:
@@ -22,14 +20,16 @@ class Curves:
     def __init__(self, run: Run, track: Track) -> None:
         self._run, self._track = run, track
         self._looks: list[tuple[str, int, float]] = []  # that wait for the line of their step
-        drop_numbers(run.path, lambda name, step: name.startswith((LOSS, VALID, GATE)))  # what was measured at the end
+        drop_numbers(
+            run.path, lambda name, step: name.startswith((LOSS_OF, VALID_LOSS_OF, OF_GATE))
+        )  # what was measured at the end
         self._written: dict[str, int] = {}  # by earlier calls: the highest step of each number
         for row in read_metrics(run.path):
             self._written |= {name: max(int(row["step"]), self._written.get(name, 0)) for name in row}
 
     def begun(self, name: str, step: int) -> None:
         """A member learns from this step on."""
-        self._drop((LOSS + name, VALID + name), step)
+        self._drop((LOSS_OF + name, VALID_LOSS_OF + name), step)
 
     def looked(self, name: str, step: int, loss: float) -> None:
         """A member was measured after that step."""
@@ -39,20 +39,20 @@ class Curves:
         """Members took a step."""
         lines: dict[int, dict[str, float]] = {}
         for one in seen:
-            lines.setdefault(one.step, {})[LOSS + one.name] = one.loss
+            lines.setdefault(one.step, {})[LOSS_OF + one.name] = one.loss
         looks, self._looks = self._looks, []
         for name, step, loss in looks:
-            lines.setdefault(step, {})[VALID + name] = loss
+            lines.setdefault(step, {})[VALID_LOSS_OF + name] = loss
         for step in sorted(lines):
             self._track.log(step, **lines[step])
 
     def gate_begun(self, step: int) -> None:
         """The gate learns from this step on."""
-        self._drop((f"{GATE}loss", f"{GATE}valid_loss"), step)
+        self._drop((f"{OF_GATE}loss", f"{OF_GATE}valid_loss"), step)
 
     def gate(self, name: str, step: int, value: float) -> None:
         """The gate's `loss` of a step, or its `valid_loss` after it."""
-        self._track.log(step, **{GATE + name: value})
+        self._track.log(step, **{OF_GATE + name: value})
 
     def close(self) -> None:
         """Everybody is done, or stops here."""

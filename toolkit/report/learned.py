@@ -8,13 +8,14 @@ from toolkit.report.chart import N_COLORS, Line, chart
 from toolkit.report.markup import EMPTY, paragraph, section, under
 from toolkit.report.seen import Seen
 from toolkit.report.words import Say, counted, number, same, shortened, span, told, within
+from toolkit.trackers.contract import LOSS_OF, OF_GATE, VALID_LOSS_OF
 
 STEP = Say("optimizer step", "학습 단계")
 LOSS = Say("loss (nats a token)", "손실(토큰당 nat)")
 MOST_LINES = 12  # in one drawing
 OF_EACH = (
-    ("valid_loss/", Say("Held-out loss while learning", "배우는 동안 남겨 둔 손실")),
-    ("loss/", Say("Loss while learning", "배우는 동안의 손실")),
+    (VALID_LOSS_OF, Say("Held-out loss while learning", "배우는 동안 남겨 둔 손실")),
+    (LOSS_OF, Say("Loss while learning", "배우는 동안의 손실")),
 )
 ENDS = {
     "done": Say("all steps were taken", "끝까지 배웠습니다"),
@@ -57,7 +58,7 @@ def _curves_of_several(seen: Seen) -> Markup:
     shown = names[:MOST_LINES]
     drawn = [
         *(_one_each(seen, shown, prefix, says) for prefix, says in OF_EACH),
-        _one_each(seen, ["loss", "valid_loss"], "gate/", Say("The gate", "게이트")),
+        _one_each(seen, ["loss", "valid_loss"], OF_GATE, Say("The gate", "게이트")),
     ]
     n = len(names) - len(shown)
     rest = Say(f"{n} more are in metrics.jsonl.", f"나머지 {n}개는 metrics.jsonl에 있습니다.")

@@ -15,9 +15,9 @@ from toolkit.recipe.read import read_recipe
 from toolkit.report.scale import Point
 from toolkit.report.words import number, within, within_list
 from toolkit.track import read_metrics
+from toolkit.trackers.contract import LOSS_OF, VALID_LOSS_OF
 
 REQUIRED = "\0required"  # stands for what a key is that has to be written
-CURVES = ("loss/", "valid_loss/")  # names of numbers of one that learned beside others
 TOLD = ("inputs", "data", "fit", "results", "surroundings")
 
 
@@ -67,7 +67,9 @@ class Seen:
 
     def learners(self) -> list[str]:
         """Those of several that learned side by side, in the order in which they began."""
-        names = dict.fromkeys(name for line in self.metrics for name in line if name.startswith(CURVES))
+        names = dict.fromkeys(
+            name for line in self.metrics for name in line if name.startswith((LOSS_OF, VALID_LOSS_OF))
+        )
         return list(dict.fromkeys(name.partition("/")[2] for name in names))
 
     def samples(self, of: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -103,7 +105,7 @@ def _lines(whole: Path, path: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_metrics(path) if isinstance(line, dict)]
     if path == whole:
         return lines
-    names = {"loss": f"loss/{path.name}", "valid_loss": f"valid_loss/{path.name}"}
+    names = {"loss": LOSS_OF + path.name, "valid_loss": VALID_LOSS_OF + path.name}
     found = [
         {"step": line.get("step")} | {names[name]: of for name, of in line.items() if name in names} for line in lines
     ]

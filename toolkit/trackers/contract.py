@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 END_SECONDS = 5.0  # how long a tracker may take to end
+# How the numbers of several that learn in one run begin; a name follows, and each counts its own steps.
+LOSS_OF, VALID_LOSS_OF, OF_GATE = "loss/", "valid_loss/", "gate/"
 
 
 @dataclass(frozen=True)

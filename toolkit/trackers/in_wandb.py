@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import disk
-from toolkit.trackers.contract import END_SECONDS, About, Cells
+from toolkit.trackers.contract import END_SECONDS, LOSS_OF, OF_GATE, VALID_LOSS_OF, About, Cells
 
 RUN_ID = "wandb/run_id"  # in the run folder: the wandb run that this run goes on in
 START_SECONDS = 10.0
 UPLOAD_SECONDS = 300.0  # how long a run that sends an artifact may take to end
 SERVER = "https://api.wandb.ai"
 OWN_STEP = "own step"  # the x axis of the curves of several that learn at once
-OF_SEVERAL = ("loss/", "valid_loss/", "gate/")  # how the names of such numbers begin
+OF_SEVERAL = (LOSS_OF, VALID_LOSS_OF, OF_GATE)
 
 
 class Wandb:
