@@ -20,9 +20,8 @@ class Curves:
     def __init__(self, run: Run, track: Track) -> None:
         self._run, self._track = run, track
         self._looks: list[tuple[str, int, float]] = []  # that wait for the line of their step
-        drop_numbers(
-            run.path, lambda name, step: name.startswith((LOSS_OF, VALID_LOSS_OF, OF_GATE))
-        )  # what was measured at the end
+        curves = LOSS_OF, VALID_LOSS_OF, OF_GATE  # the rest was measured at the end, and is measured anew
+        drop_numbers(run.path, lambda name, step: name.startswith(curves))
         self._written: dict[str, int] = {}  # by earlier calls: the highest step of each number
         for row in read_metrics(run.path):
             self._written |= {name: max(int(row["step"]), self._written.get(name, 0)) for name in row}
