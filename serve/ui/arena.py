@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import gradio
 
 from serve.ui.calls import Caller, Heard, Visitor, Wish
-from serve.ui.talking import Talk, talk_of, turn_of
+from serve.ui.talking import Talk, Turn, talk_of, turn_of
 from serve.ui.texts import Trouble, text, told
 
 Winner = Literal["a", "b", "tie", "both_bad"]
@@ -21,9 +21,10 @@ _dice = random.SystemRandom()
 
 @dataclass(frozen=True)
 class Round:
-    """One prompt and the whole answers to it, the left one first."""
+    """One prompt, the names that were drawn and their whole answers, the left one first."""
 
     prompt: str
+    names: tuple[str, str]
     answers: tuple[Heard, Heard]
 
 
@@ -42,7 +43,8 @@ class Arena:
             status = text("too_few", request) if prompt else ""
             yield gradio.skip(), gradio.skip(), gradio.skip(), gradio.skip(), *votes(False), status
             return
-        wishes = [Wish(name, Visitor(key, conversation)) for name in _dice.sample(list(names), 2)]
+        one, other = _dice.sample(list(names), 2)
+        wishes = [Wish(name, Visitor(key, conversation)) for name in (one, other)]
         yield "", _side(prompt, Heard(), True), _side(prompt, Heard(), True), None, *votes(False), ""
         sides = [Heard(), Heard()]
         try:
@@ -52,7 +54,7 @@ class Arena:
             yield prompt, *[_side(prompt, side) for side in sides], None, *votes(False), told(trouble, request)
             return
         left, right = (side if side.content else _silent(side, request) for side in sides)
-        done = Round(prompt, (left, right))
+        done = Round(prompt, (one, other), (left, right))
         yield gradio.skip(), _side(prompt, left), _side(prompt, right), done, *votes(True), ""
 
     def voting(self, winner: Winner) -> Callable[..., Awaitable[tuple[Any, ...]]]:
@@ -71,7 +73,8 @@ class Arena:
                 await self._caller.judge(Visitor(key, conversation), pair | {"a": left.said(), "b": right.said()})
             except Trouble as trouble:
                 status = told(trouble, request)
-            shown = [_side(done.prompt, side, is_named=True) for side in done.answers]
+            named = zip(done.answers, done.names, strict=True)
+            shown = [_side(done.prompt, heard, name=name) for heard, name in named]
             return *shown, None, *votes(False), status
 
         return vote
@@ -111,9 +114,13 @@ def votes(are_open: bool) -> list[Any]:
     return [gradio.update(interactive=are_open) for _ in get_args(Winner)]
 
 
-def _side(prompt: str, heard: Heard, is_busy: bool = False, is_named: bool = False) -> Talk:
-    """What one side shows; without a name only the words leave the server."""
-    shown = turn_of(heard) if is_named else {"role": "assistant", "content": heard.content}
+def _side(prompt: str, heard: Heard, is_busy: bool = False, name: str | None = None) -> Talk:
+    """What one side shows; without the name that was drawn only the words leave the server. Of a run that chose among
+    its experts both are told, so that it is not taken for the expert itself.
+    """
+    shown: Turn = {"role": "assistant", "content": heard.content}
+    if name is not None:
+        shown = turn_of(heard) | {"model": name, "weights": heard.weights or {heard.model or name: 1.0}}
     turns = [{"role": "user", "content": prompt}]
     return talk_of([*turns, shown] if heard.content else turns, is_busy)
 

@@ -199,7 +199,8 @@ def sampling_controls(common: Common) -> list[Any]:
             gradio.Slider(low, high, value, step=step, label=say(name), info=say(f"{name}_info"))
             for name, (low, high, value, step) in ranges.items()
         ]
-        controls.append(gradio.Number(None, label=say("seed"), info=say("seed_info"), precision=0))
+        # No Number: without a value it shows and sends 0 once it is seen (gradio-app/gradio#6728, there still in 6.31).
+        controls.append(gradio.Textbox("", label=say("seed"), info=say("seed_info"), max_lines=1, max_length=20))
     for name, control in zip([*ranges, "seed"], controls, strict=True):
         labels.add(control, label=name, info=f"{name}_info")
     return controls

@@ -99,6 +99,9 @@ const show = () => {
   if (follows || (busy && turns().at(-1)?.role === "user")) list.scrollTop = list.scrollHeight;
   if (props.kept && has_come) sessionStorage.setItem(props.kept, JSON.stringify(turns()));
 };
+let is_at_end = true; // what was at the end stays there when the talk is given less room
+list.addEventListener("scroll", () => { is_at_end = list.scrollHeight - list.scrollTop - list.clientHeight < 60; });
+new ResizeObserver(() => { if (is_at_end) list.scrollTop = list.scrollHeight; }).observe(list);
 watch("value", () => { has_come = true; });
 watch(["value", "texts", "judge", "name", "empty"], show);
 show();

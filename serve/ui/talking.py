@@ -47,10 +47,10 @@ class Talking:
         if not turns or turns[-1]["role"] != "user":
             yield talk_of(turns), status
             return
-        wish = Wish(model or "", Visitor(key, conversation), weights or {}, chosen(sampling))
         heard = Heard()
         yield talk_of(turns, is_busy=True), status
         try:
+            wish = Wish(model or "", Visitor(key, conversation), weights or {}, chosen(sampling))
             async for heard in self._caller.stream(turns, wish):
                 status = text("forgot", request) if heard.n_dropped else ""
                 if heard.content:
@@ -115,10 +115,15 @@ def turn_of(heard: Heard) -> Turn:
 
 
 def chosen(values: tuple[Any, ...]) -> dict[str, Any]:
-    """The sampling controls as fields of a request; an empty one says nothing."""
-    said = {name: value for name, value in zip(SAMPLING, values, strict=True) if value is not None}
+    """The sampling controls as fields of a request; an empty one says nothing. Raises Trouble for a seed that is no
+    whole number.
+    """
+    said = {name: value for name, value in zip(SAMPLING, values, strict=True) if value not in (None, "")}
     whole = ("top_k", "max_completion_tokens", "seed")
-    return {name: int(value) if name in whole else value for name, value in said.items()}
+    try:
+        return {name: int(value) if name in whole else value for name, value in said.items()}
+    except ValueError:
+        raise Trouble("", "bad_seed") from None
 
 
 def choices_of(models: Mapping[str, Any], model: str | None) -> str | None:

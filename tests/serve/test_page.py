@@ -245,6 +245,20 @@ def test_sliders_make_a_mixture_and_the_answer_says_who(address: str, engine: An
     assert len(engine.asks) == 1
 
 
+def test_the_last_answer_stays_in_sight_when_the_sliders_take_room(address: str, engine: Any, visit: Any) -> None:
+    engine.pieces = ["아주 긴 말. "] * 60
+    page = visit(address)
+    for n_answers in (1, 2):
+        say(page, "길게 말해 줘")
+        answered(page, n_answers)
+    choose(page, "mix")
+    page.wait_for_selector("#weights input")
+    until(page, lambda: page.evaluate(
+        "(() => { const at = document.querySelector('#talk .turns'); "
+        "return at.scrollHeight > 2 * at.clientHeight && at.scrollHeight - at.scrollTop - at.clientHeight < 5; })()"
+    ))  # fmt: skip
+
+
 def test_a_router_picks_where_there_is_one(
     address: str, engine: Any, visit: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,9 +288,11 @@ def test_settings_are_folded_away_and_sent(address: str, engine: Any, visit: Any
     page.get_by_text("설정", exact=True).click()
     until(page, lambda: fields.first.input_value() == "0.5")  # the model's own values have come
     page.wait_for_timeout(300)
-    for place, value in enumerate(["1.5", "0.6", "7", "0.1", "1.2", "33", "11"]):
+    for place, value in enumerate(["1.5", "0.6", "7", "0.1", "1.2", "33"]):
         fields.nth(place).fill(value)
         fields.nth(place).press("Tab")
+    page.get_by_label("시드").fill("11")
+    page.get_by_label("시드").press("Tab")
     page.wait_for_timeout(300)
     say(page, "안녕")
     answered(page)
@@ -285,8 +301,35 @@ def test_settings_are_folded_away_and_sent(address: str, engine: Any, visit: Any
     assert (used.repetition_penalty, used.max_tokens, used.seed) == (1.2, 33, 11)
 
 
+def test_a_seed_that_nobody_wrote_is_none(address: str, engine: Any, visit: Any) -> None:
+    page = visit(address, PHONE)
+    page.get_by_text("설정", exact=True).click()
+    field = page.get_by_label("시드")
+    field.wait_for()
+    page.wait_for_timeout(500)
+    assert field.input_value() == ""
+    say(page, "안녕")
+    answered(page)
+    field.fill("7")
+    field.press("Tab")
+    page.wait_for_timeout(300)
+    field.fill("")
+    field.press("Tab")
+    page.wait_for_timeout(300)
+    say(page, "안녕")
+    answered(page, 2)
+    drawn = {ask.sampling.seed for ask in engine.asks}
+    assert len(drawn) == 2 and not drawn & {0, 7}  # the API draws one for whoever names none
+    field.fill("일곱")
+    field.press("Tab")
+    page.wait_for_timeout(300)
+    say(page, "안녕")
+    until(page, lambda: "정수" in status(page))
+    assert len(engine.asks) == 2
+
+
 def test_trouble_is_told_and_the_talk_stays(address: str, engine: Any, visit: Any, refusal: Any) -> None:
-    engine.refusal = refusal(429, "64 requests <b>are</b> waiting already.", "queue_full")
+    engine.refusal = refusal(429, "64 requests <b>are</b> waiting already.", "a_code_without_words")
     page = visit(address)
     say(page, "안녕")
     until(page, lambda: "64 requests <b>are</b> waiting" in status(page))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from serve.engines.contract import One
 from serve.store import Store, Which
 from tests.page_world import DESK, PHONE, button, open_browser, serving, status, tab, told, until, visiting
 
@@ -85,6 +86,20 @@ def test_a_vote_names_the_models_and_is_stored_as_a_pair(
     assert record.payload["messages"] == [{"role": "user", "content": "오늘 뭐 먹지?"}]
 
 
+def test_a_run_that_chose_an_expert_is_told_with_it(
+    address: str, engine: Any, visit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = engine.served
+    engine.names = ["duo", "duo/polite"]
+    monkeypatch.setattr(engine, "served", lambda who: plain(One("duo/polite")))
+    page = visit(address)
+    fight(page, "안녕")
+    until(page, lambda: is_open(page))
+    button(page, "비겼어요").click()
+    until(page, lambda: all(names(page)))
+    assert sorted(names(page)) == ["duo → duo/polite", "duo/polite"]
+
+
 def test_the_browser_is_not_told_who_is_who_before_the_vote(engine: Any, visit: Any, store: Store) -> None:
     sent: list[bytes] = []
     with serving(engine, store=store, sent=sent) as address:
@@ -114,7 +129,7 @@ def test_sides_are_drawn_anew_each_round(address: str, engine: Any, visit: Any) 
 def test_trouble_of_one_side_ends_the_round_and_gives_the_prompt_back(
     address: str, engine: Any, visit: Any, refusal: Any
 ) -> None:
-    engine.refusal = refusal(429, "64 requests are waiting already.", "queue_full")
+    engine.refusal = refusal(429, "64 requests are waiting already.", "a_code_without_words")
     page = visit(address)
     fight(page, "안녕")
     until(page, lambda: "64 requests" in status(page, "#arena-status"))

@@ -70,7 +70,7 @@ def test_a_key_is_kept_for_its_tab_alone(locked: str, engine: Any, browser: Any)
     page.context.close()
 
 
-@pytest.mark.parametrize(("key", "says"), [("a-key-that-is-none", "API 키가 있어야"), ("키 하나", "빈칸 없는")])
+@pytest.mark.parametrize(("key", "says"), [("a-key-that-is-none", "API 키가 있어야"), ("키 하나", "빈칸 없이")])
 def test_a_wrong_key_opens_nothing(locked: str, browser: Any, key: str, says: str) -> None:
     page = arrive(browser, locked)
     bring(page, key)

@@ -155,3 +155,20 @@ def test_ten_runs_fit_a_page(two: tuple[Run, Run], tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "many" / f"r{at}") for at in range(10)]
     page = several_page([see(run) for run in runs], Path("x.html"))
     assert Parsed(page).torn == [] and page.count('class="line s1 dashed"') == 2
+
+
+def test_a_key_that_a_recipe_lacks_stays_empty(two: tuple[Run, Run], tmp_path: Path) -> None:
+    first, second = two
+    inputs = second.facts()["inputs"]
+    inputs["recipe"]["combine.kind"] = "mix"
+    second.update(inputs=inputs)
+    page = several_page([see(first), see(second)], tmp_path / "c.html")
+    assert "<code>combine.kind</code></th><td></td><td>mix</td>" in page
+
+
+def test_runs_without_a_curve_of_their_own_are_named(two: tuple[Run, Run], tmp_path: Path) -> None:
+    first, second = two
+    (second.path / "metrics.jsonl").write_text("", encoding="utf-8")
+    page = several_page([see(first), see(second)], tmp_path / "c.html")
+    assert "No curve of one adapter alone: 나중." in page
+    assert "No curve of one adapter alone" not in several_page([see(first), see(first)], tmp_path / "c.html")

@@ -301,6 +301,14 @@ def test_a_search_is_told_with_its_history_and_slices(tmp_path: Path) -> None:
         assert told in texts, told
 
 
+def test_the_learning_rate_of_a_search_is_the_one_that_won(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    assert "learning rate 0.003," in page_of(run)
+    with_search(run)
+    page = page_of(run)
+    assert "learning rate 0.0099," in page and "learning rate 0.003," not in page
+
+
 def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "tiny", facts() | {"status": "training"})
     with pytest.raises(RunError, match="not finished"):

@@ -81,6 +81,12 @@ def test_a_loss_that_rose_while_learning_is_told(tmp_path: Path) -> None:
     [
         ("mix", {}, False, "The combination does not help beyond chance: 반말 alone has 4.3000"),
         ("route", {"after 1": {"accuracy": 0.4}}, True, "the right expert in 40 % of texts"),
+        (
+            "route",
+            {"labels": ["반말", "polite", "other"], "all": {"confusion": [[0, 16, 4], [1, 90, 0]]}},
+            True,
+            "The router sends 반말 only 0 of the 20 texts",
+        ),
         ("gate", {"load": {"반말": 0.96, "polite": 0.04}}, True, "gives 반말 96 % of the weight"),
     ],
 )

@@ -22,11 +22,11 @@ def before_and_after(seen: Seen) -> Markup:
     has_before = any(row.before is not None for row in rows if row.metric not in simple)
     return section(
         "before-after",
-        Say("Before and after", "전과 후") if has_before else Say("Measured", "잰 것"),
+        Say("Before and after", "학습 전과 후") if has_before else Say("Measured", "측정값"),
         paragraph(judged_by(seen)),
         _numbers(seen.name, [row for row in rows if row.metric not in simple], has_before),
         number_table(
-            Say("What simple methods reach on the same", "간단한 방법이 같은 것에서 얻는 값"),
+            Say("What simple methods reach on the same talk", "같은 대화에서 간단한 방법이 얻는 값"),
             Say("value", "값"),
             [row for row in rows if row.metric in simple],
             has_before=False,
@@ -40,15 +40,15 @@ def judged_by(seen: Seen) -> Say:
     parts = within(seen.facts, "data", "parts")
     n = seen.n_judged_by
     if not n:
-        return Say("No talk was held out, so no loss was measured.", "남겨 둔 대화가 없어 손실을 재지 않았습니다.")
+        return Say("No talk was held out, so no loss was measured.", "따로 남겨 둔 대화가 없어 손실을 재지 않았습니다.")
     if parts.get("test"):
         return Say(
             f"Losses are of {n:,} held-out conversations that nothing was learned or chosen by.",
-            f"손실은 배우거나 고르는 데 쓰지 않은 대화 {n:,}개에서 쟀습니다.",
+            f"손실은 학습에도 선택에도 쓰지 않은 대화 {n:,}개로 쟀습니다.",
         )
     return Say(
         f"Losses are of the {n:,} conversations that were watched while learning: a little too good.",
-        f"손실은 배우는 동안 지켜본 대화 {n:,}개에서 쟀으므로 조금 좋게 나옵니다.",
+        f"손실은 검증에 쓴 대화 {n:,}개로 쟀으므로 실제보다 조금 좋게 나옵니다.",
     )
 
 
@@ -57,14 +57,14 @@ def _numbers(name: str, rows: Sequence[Compared], has_before: bool) -> Markup:
     together = {row.metric for row in rows if not row.lang}
     main = [row for row in rows if not row.lang or row.metric not in together]
     rest = [row for row in rows if row not in main]
-    caption = Say("Numbers before and after", "전과 후의 숫자") if has_before else Say("Numbers", "숫자")
-    by_language = number_table(Say("By language", "언어마다"), name, rest, has_before)
+    caption = Say("Numbers before and after", "학습 전후의 수치") if has_before else Say("Numbers", "수치")
+    by_language = number_table(Say("By language", "언어별"), name, rest, has_before)
     return Markup('<div class="beside">{}{}</div>').format(number_table(caption, name, main, has_before), by_language)
 
 
 def number_table(caption: Say, name: Words, rows: Sequence[Compared], has_before: bool) -> Markup:
     """A number a row: before, after and, where lower is better, the change."""
-    head: list[Words] = [Say("number", "숫자")]
+    head: list[Words] = [Say("metric", "지표")]
     head += [Say("base", "베이스"), name, Say("change", "변화")] if has_before else [name]
     lines: list[list[Words]] = []
     for row in rows:
@@ -92,7 +92,7 @@ def _answers(seen: Seen, *, has_before: bool) -> Markup:
         if has_before:
             columns, names = [old, *columns], [Say("base", "베이스"), *names]
         parts.append(side_by_side(lang, answers, names, columns))
-    says = Say("Answers to the same prompts", "같은 질문에 한 대답")
+    says = Say("Answers to the same prompts", "같은 질문에 대한 대답")
     return under(says, joined(parts))
 
 

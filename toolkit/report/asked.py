@@ -19,28 +19,26 @@ def asked_section(seen: Seen) -> Markup:
     base = within(seen.facts, "base")
     plan = within(seen.facts, "plan")
     rows: list[tuple[Words, ...]] = [
-        (inline_code(key), value_text(value), Say("required", "꼭 적는 것") if usual == REQUIRED else value_text(usual))
+        (inline_code(key), value_text(value), Say("required", "필수") if usual == REQUIRED else value_text(usual))
         for key, (value, usual) in (seen.changed or {}).items()
         if key != "name"
     ]
     changed = table(
-        Say(
-            "What the recipe says, beside what holds when nothing is written", "레시피에 적은 것과, 적지 않으면 쓰는 값"
-        ),
-        (Say("key", "키"), Say("this run", "이 실행"), Say("else", "적지 않으면")),
+        Say("What the recipe sets, beside the defaults", "레시피에 적은 값과 기본값"),
+        (Say("key", "키"), Say("this run", "이 실행"), Say("default", "기본값")),
         rows,
         texts=3,
     )
     unread = paragraph(
         Say(
             "The recipe is of another version, so what was changed in it cannot be told.",
-            "다른 판의 레시피라서 무엇을 바꾸었는지는 알 수 없습니다.",
+            "다른 버전의 레시피라 기본값에서 무엇을 바꾸었는지 알 수 없습니다.",
         ),
         "note",
     )
     return section(
         "asked",
-        Say("What was asked", "무엇을 시켰나"),
+        Say("What was asked", "레시피에 적은 것"),
         _in_short(seen, base, plan),
         unread if seen.changed is None else changed,
         folded(Say("The whole recipe", "레시피 전체"), code(_whole(seen.recipe))),
@@ -49,12 +47,13 @@ def asked_section(seen: Seen) -> Markup:
 
 def _in_short(seen: Seen, base: Mapping[str, Any], plan: Mapping[str, Any]) -> Markup:
     model, kind = str(base.get("model", "?")), str(seen.recipe.get("adapter.kind", "?"))
-    rate = told(plan.get("learning_rate"), 6).rstrip("0")
+    found = within(seen.facts, "search", "best", "values").get("train.learning_rate")
+    rate = told(plan.get("learning_rate") if found is None else found, 6).rstrip("0")
     return paragraph(
         Say(
             f"Task {seen.task}: {kind} on {shortened(model, 80)}; learning rate {rate}, at most"
             f" {told(plan.get('max_length'))} tokens a row.",
-            f"{seen.task} 작업. {shortened(model, 80)} 위에 {kind}, 학습률 {rate}, 한 줄에 많아야"
+            f"작업 {seen.task}, 베이스 {shortened(model, 80)}, 어댑터 {kind}, 학습률 {rate}, 한 줄에 최대"
             f" {told(plan.get('max_length'))}토큰.",
         )
     )
@@ -82,16 +81,16 @@ def use_section(seen: Seen) -> Markup:
     search = paragraph(
         Say(
             "A search that is repeated asks other trials where several worked at once.",
-            "여럿이 함께 한 탐색은 되풀이하면 다른 시도를 할 수 있습니다.",
+            "여러 프로세스가 함께 탐색했다면, 다시 돌릴 때 시도하는 값이 달라질 수 있습니다.",
         ),
         "note",
     )
     return section(
         "use",
-        Say("Use it, and do it again", "쓰기, 그리고 되풀이하기"),
+        Say("Use it, and do it again", "쓰는 법과 다시 돌리는 법"),
         under(Say("On this machine", "이 컴퓨터에서"), code(label if is_labeller else talk)),
         under(Say("In Python", "파이썬에서"), code(_load(seen, is_labeller))),
-        under(Say("The command that repeats it", "같은 일을 되풀이하는 명령"), code(told_by) if told_by else EMPTY),
+        under(Say("The command that repeats it", "이 실행을 다시 하는 명령"), code(told_by) if told_by else EMPTY),
         search if seen.facts.get("search") else EMPTY,
         _sums(seen),
     )
@@ -119,11 +118,11 @@ def _sums(seen: Seen) -> Markup:
     versions = [(name, str(version)) for name, version in within(around, "versions").items()]
     head = (Say("file", "파일"), "SHA-256")
     return folded(
-        Say("Files and versions", "파일과 판"),
+        Say("Files and versions", "파일과 버전"),
         joined(
             [
-                table(Say("What it was made from", "무엇으로 만들었나"), head, files, texts=2),
-                table(Say("Versions", "판"), (Say("package", "패키지"), Say("version", "판")), versions, texts=2),
+                table(Say("What it was made from", "만드는 데 쓴 파일"), head, files, texts=2),
+                table(Say("Versions", "버전"), (Say("package", "패키지"), Say("version", "버전")), versions, texts=2),
             ]
         ),
     )

@@ -159,5 +159,5 @@ def _numbers(
             place = categories[int(one.x)] if categories else tick_text(one.x)
             rows.append((place, line.name, f"{one.mean:.4f}"))
     head = (x_says, Say("line", "선"), y_says)
-    caption = Say("The same in numbers", "같은 것을 숫자로")
+    caption = Say("The same in numbers", "숫자로 보기")
     return folded(caption, table(caption, head, rows, texts=2))

@@ -76,8 +76,7 @@ def _refuse_foreign(out: Path) -> None:
 
 def show(seen: Sequence["Seen"], console: Console) -> None:
     """Print why numbers may not compare, the numbers, and the keys in which the recipes differ."""
-    from toolkit.report.asked import value_text
-    from toolkit.report.several import best_of, cautions, differences, names_of, numbers_of
+    from toolkit.report.several import best_of, cautions, differences, names_of, numbers_of, written
 
     names = names_of(seen)
     doubts = cautions(seen)
@@ -91,8 +90,8 @@ def show(seen: Sequence["Seen"], console: Console) -> None:
     found = differences(seen)
     if found:
         recipes = Table(*(Column(escape(title), overflow="fold") for title in ("recipe key", *names)))
-        for key, values in found.items():
-            recipes.add_row(escape(key), *(escape(value_text(value)) for value in values))
+        for key in found:
+            recipes.add_row(escape(key), *map(escape, written(seen, key)))
         console.print(recipes)
     else:
         console.print("Their recipes say the same.")

@@ -16,7 +16,7 @@ WATTS_GPU = 300.0
 def cost_section(seen: Seen) -> Markup:
     """A table of everything that was counted, and how the energy was estimated."""
     rows = cost_rows(seen)
-    head = (Say("what", "무엇"), Say("how much", "얼마나"))
+    head = (Say("what", "항목"), Say("how much", "값"))
     is_gpu = within(seen.facts, "surroundings").get("device") != "cpu"
     taken = (
         Say(f"{WATTS_GPU:.0f} W for the GPU", f"GPU 하나에 {WATTS_GPU:.0f} W")
@@ -26,13 +26,12 @@ def cost_section(seen: Seen) -> Markup:
     note = Say(
         f"The energy is an estimate, not a measurement: {taken.en} while training; loading and judging are not in it."
         " It may be off by a factor of two.",
-        f"에너지는 잰 값이 아니라 어림입니다. 학습하는 동안 {taken.ko}로 쳤고, 불러오기와 재기는 넣지 않았습니다. 두"
-        " 배까지"
-        " 다를 수 있습니다.",
+        f"에너지는 잰 값이 아니라 추정입니다. 학습하는 동안 {taken.ko}로 쳤고, 불러오기와 평가는 넣지 않았습니다."
+        " 실제와 두 배까지 차이 날 수 있습니다.",
     )
     shown = [[name, value] for name, value in rows]
     return section(
-        "cost", Say("Cost", "비용"), table(Say("What it took", "든 것"), head, shown), paragraph(note, "note")
+        "cost", Say("Cost", "비용"), table(Say("What it took", "들어간 자원"), head, shown), paragraph(note, "note")
     )
 
 
@@ -43,15 +42,15 @@ def cost_rows(seen: Seen) -> list[tuple[Words, Words]]:
     seconds, tokens = number(fit.get("seconds")), number(fit.get("n_tokens"))
     if search:
         rows.append((Say("the whole search", "탐색 전체"), span(search.get("seconds"))))
-    rows.append((Say("from first start to end", "처음 시작부터 끝까지"), span(_wall(seen))))
+    rows.append((Say("from first start to end", "처음 시작해서 끝날 때까지"), span(_wall(seen))))
     rows.append((Say("optimizer steps", "학습 단계"), counted(fit.get("steps"))))
     rows.append((Say("tokens", "토큰"), counted(tokens)))
     if seconds and tokens:
         rows.append((Say("tokens a second", "초당 토큰"), counted(tokens / seconds)))
-    rows.append((Say("peak memory (MB)", "가장 많이 쓴 메모리(MB)"), counted(seen.facts.get("memory_mb"))))
+    rows.append((Say("peak memory (MB)", "최대 메모리(MB)"), counted(seen.facts.get("memory_mb"))))
     energy = energy_wh(seen)
     if energy is not None:
-        rows.append((Say("energy, estimated (Wh)", "에너지, 어림(Wh)"), f"{energy:.2g}"))
+        rows.append((Say("energy, estimated (Wh)", "에너지, 추정(Wh)"), f"{energy:.2g}"))
     device = shortened(around.get("device", "?"), 80)
     n = counted(around.get("threads"))
     rows.append(

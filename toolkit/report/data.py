@@ -10,9 +10,9 @@ from toolkit.report.seen import Seen
 from toolkit.report.words import Say, Words, counted, lang_name, number, percent, reason_name, told, within
 
 PARTS: Mapping[str, Say] = {
-    "train": Say("to learn from", "배운 것"),
-    "valid": Say("to watch while learning", "배우는 동안 지켜본 것"),
-    "test": Say("to judge by at the end", "마지막에 잰 것"),
+    "train": Say("to learn from", "학습용"),
+    "valid": Say("to watch while learning", "검증용(학습 중에 점검)"),
+    "test": Say("to judge by at the end", "평가용(끝에 한 번)"),
 }
 ROLES: Mapping[str, Say] = {
     "system": Say("system", "시스템"),
@@ -36,16 +36,16 @@ def _parts(data: Mapping[str, Any]) -> Markup:
     lengths = within(data, "tokens")
     columns = ("median", "nine_in_ten", "longest", "total")
     has_lengths = any(within(lengths, part) for part in PARTS)
-    head: list[Words] = [Say("part", "쓰임"), Say("conversations", "대화")]
+    head: list[Words] = [Say("part", "용도"), Say("conversations", "대화")]
     if has_lengths:
-        head += [Say("median tokens", "토큰 중앙값"), Say("9 in 10 up to", "열에 아홉은"), Say("longest", "가장 긴 것")]
-        head += [Say("tokens in all", "토큰 전체")]
+        head += [Say("median tokens", "토큰 중앙값"), Say("9 in 10 up to", "90 %까지"), Say("longest", "최대")]
+        head += [Say("tokens in all", "토큰 합계")]
     rows: list[list[Words]] = []
     for part, says in PARTS.items():
         n = within(data, "parts").get(part)
         own = [counted(within(lengths, part).get(column)) for column in columns] if has_lengths else []
         rows.append([says, counted(n), *own])
-    return table(Say("How it was shared out", "어떻게 나누었나"), head, rows)
+    return table(Say("How it was shared out", "나눈 결과"), head, rows)
 
 
 def _left_out(data: Mapping[str, Any]) -> Markup:
@@ -58,7 +58,7 @@ def _left_out(data: Mapping[str, Any]) -> Markup:
     for kind, says in kinds:
         found = {reason_name(reason): n for reason, of in within(data, kind).items() if (n := number(of))}
         shown = [counted(n) for n in found.values()]
-        rows.append(bars(says, (Say("reason", "까닭"), Say("how many", "몇 개")), found, shown))
+        rows.append(bars(says, (Say("reason", "이유"), Say("how many", "개수")), found, shown))
     if not any(rows):
         return paragraph(Say("Nothing was dropped.", "버린 것이 없습니다."))
     return joined(rows)
@@ -79,6 +79,6 @@ def _manner(data: Mapping[str, Any]) -> Markup:
         rows.append([ROLES.get(role, Say(role, role)), *told_of])
     caption = Say(
         "How spoken it is, from 0 (written) to 1 (spoken), and the share of turns that are spoken",
-        "얼마나 입말인가: 0(글말)에서 1(입말)까지, 그리고 입말인 차례의 비율",
+        "얼마나 입말다운가(0은 글말, 1은 입말), 괄호 안은 입말인 발화의 비율",
     )
-    return table(caption, [Say("role", "누가"), *(lang_name(lang) for lang in langs)], rows)
+    return table(caption, [Say("role", "역할"), *(lang_name(lang) for lang in langs)], rows)

@@ -47,9 +47,8 @@ def _worse(seen: Seen) -> Iterator[Say]:
                 f"{metric.en} rose from {told(row.before)} to {told(row.after)} ({lang.en}): the run is worse than"
                 " its base"
                 " there. Look at the data, or try a smaller learning rate.",
-                f"{metric.ko}이(가) {told(row.before)}에서 {told(row.after)}(으)로 올랐습니다({lang.ko}). 거기서는"
-                " 베이스보다"
-                " 나쁩니다. 데이터를 살펴보거나 학습률을 낮춰 보세요.",
+                f"베이스보다 나빠진 지표가 있습니다. {metric.ko}, {lang.ko}: {told(row.before)} → {told(row.after)}."
+                " 데이터를 살펴보거나 학습률을 낮춰 보세요.",
             )
 
 
@@ -61,19 +60,17 @@ def _curve(seen: Seen) -> Iterator[Say]:
     if fit.get("stopped") == "early" and best is not None and best == watched[0][0]:
         yield Say(
             "It stopped early with the very first evaluation as its best: it learned too fast, or the data says little"
-            " that is held out. Try a smaller learning rate.",
-            "첫 번째로 잰 것이 가장 좋았고 일찍 멈추었습니다. 너무 빨리 배웠거나, 남겨 둔 대화와 닮은 데이터가"
-            " 적습니다. 학습률을"
-            " 낮춰 보세요.",
+            " about what is held out. Try a smaller learning rate.",
+            "첫 점검이 가장 좋았고 더 나아지지 않아 일찍 멈췄습니다. 너무 빨리 배웠거나, 학습 데이터가 검증용 대화와"
+            " 닮지 않았습니다. 학습률을 낮춰 보세요.",
         )
     elif watched[-1][1] > ROSE * min(loss for _, loss in watched):
         low = min(loss for _, loss in watched)
         yield Say(
             f"The held-out loss rose again, from {low:.3f} to {watched[-1][1]:.3f} at the end. What is kept is the best"
             " step; fewer epochs would do.",
-            f"남겨 둔 손실이 {low:.3f}까지 내려갔다가 끝에는 {watched[-1][1]:.3f}(으)로 올랐습니다. 남은 것은 가장"
-            " 좋았던 단계입니다."
-            " 에폭을 줄여도 됩니다.",
+            f"검증 손실이 내려갔다가 다시 올랐습니다(가장 낮을 때 {low:.3f}, 끝에서 {watched[-1][1]:.3f}). 저장한 것은"
+            " 가장 좋았던 단계입니다. 에폭을 줄여도 됩니다.",
         )
 
 
@@ -106,7 +103,7 @@ def _answers(seen: Seen) -> Iterator[Say]:
     if len(said) >= 5 and text and n / len(said) > SAME:
         yield Say(
             f"{n} of {len(said)} prompts got the same answer: the run has collapsed onto it.",
-            f"질문 {len(said)}개 가운데 {n}개에 똑같이 대답했습니다. 한 대답으로 굳었습니다.",
+            f"질문 {len(said)}개 가운데 {n}개에 똑같이 대답했습니다. 대답이 하나로 굳어 버렸습니다.",
         )
     rows = {row.metric: row for row in seen.numbers if not row.lang}
     repeated = rows.get("repetition")
@@ -136,7 +133,7 @@ def _spoken(seen: Seen) -> Iterator[Say]:
         yield Say(
             f"Answers slid into written style: {percent(after)} of their sentences are spoken, and {percent(before)}"
             " before.",
-            f"대답이 글말투로 기울었습니다. 입말 문장이 {percent(before)}에서 {percent(after)}(으)로 줄었습니다.",
+            f"대답이 글말투로 기울었습니다. 입말 문장이 {percent(before)}에서 {percent(after)}로 줄었습니다.",
         )
 
 
@@ -146,7 +143,7 @@ def _held_out(seen: Seen) -> Iterator[Say]:
     if not n:
         yield Say(
             "No talk was held out, so nothing tells whether it got better. Set data.test.",
-            "남겨 둔 대화가 없어 나아졌는지 알 수 없습니다. data.test를 두세요.",
+            "남겨 둔 대화가 없어 나아졌는지 알 수 없습니다. data.test를 정하세요.",
         )
     elif n < FEW:
         yield Say(
@@ -157,7 +154,7 @@ def _held_out(seen: Seen) -> Iterator[Say]:
     if n and not parts.get("test"):
         yield Say(
             "data.test is 0: what was watched while learning is the judge too, so numbers are a little too good.",
-            "data.test가 0이라 배우는 동안 지켜본 대화로 쟀습니다. 숫자가 조금 좋게 나옵니다.",
+            "data.test가 0이라 검증용 대화로 쟀습니다. 숫자가 실제보다 조금 좋게 나옵니다.",
         )
 
 
@@ -176,6 +173,6 @@ def _dropped(seen: Seen) -> Iterator[Say]:
     yield Say(
         f"{percent(total / loaded, 1)} of the conversations were dropped, most of them as: {name.en}"
         f" ({counted(dropped[most])})." + (" Duplicates do no harm; a file may be named twice." if harmless else ""),
-        f"대화의 {percent(total / loaded, 1)}를 버렸고, 가장 많은 까닭은 '{name.ko}'입니다({counted(dropped[most])}개)."
+        f"대화의 {percent(total / loaded, 1)}를 버렸고, 가장 많은 이유는 '{name.ko}'입니다({counted(dropped[most])}개)."
         + (" 중복은 해가 되지 않습니다. 파일을 두 번 적었는지 보세요." if harmless else ""),
     )

@@ -9,6 +9,7 @@ from toolkit.report.words import Say, counted, number, percent, shortened, told,
 
 ALONE = 0.9  # of a gate's load
 MISSED = 0.6  # accuracy of a router
+UNHEARD = 0.1  # of an expert's own texts
 EDGE = 0.03  # of the range, from its end
 FAILED = 0.2  # of all trials
 
@@ -19,11 +20,13 @@ def of_combination(seen: Seen) -> Iterator[Say]:
     verdict = within(combination, "verdict")
     if verdict and not verdict.get("helps"):
         best = shortened(verdict.get("best"), 80)
-        sure = Say("", "") if verdict.get("hurts") else Say(" beyond chance", " 우연을 넘어서")
+        hurts = bool(verdict.get("hurts"))
+        sure = "" if hurts else " beyond chance"
+        korean = "합치면 하나만 쓸 때보다 나빠집니다" if hurts else "합쳐서 나아졌다고 보기 어렵습니다"
         yield Say(
-            f"The combination does not help{sure.en}: {best} alone has {told(verdict.get('of_best'), 4)}, all together"
+            f"The combination does not help{sure}: {best} alone has {told(verdict.get('of_best'), 4)}, all together"
             f" {told(verdict.get('of_combination'), 4)}.",
-            f"합친 것이{sure.ko} 도움이 되지 않습니다. {best}만으로 {told(verdict.get('of_best'), 4)}, 합치면"
+            f"{korean}. {best} 하나만 쓰면 {told(verdict.get('of_best'), 4)}, 합치면"
             f" {told(verdict.get('of_combination'), 4)}입니다.",
         )
     yield from _not_at_home(combination)
@@ -32,17 +35,33 @@ def of_combination(seen: Seen) -> Iterator[Say]:
     if accuracy is not None and accuracy < MISSED:
         yield Say(
             f"After one user turn the router finds the right expert in {percent(accuracy)} of texts.",
-            f"사용자 말 하나 뒤에 라우터가 맞는 전문가를 찾는 것은 {percent(accuracy)}입니다.",
+            f"사용자가 한 번 말한 뒤에 라우터가 맞는 전문가를 고르는 비율은 {percent(accuracy)}입니다.",
         )
+    yield from _never_chosen(report)
     load = {name: of for name, value in within(report, "load").items() if (of := number(value)) is not None}
     heaviest = max(load, key=lambda name: load[name], default=None)
     if heaviest is not None and len(load) > 1 and load[heaviest] > ALONE:
         yield Say(
             f"The gate gives {shortened(heaviest, 80)} {percent(load[heaviest])} of the weight: the others hardly"
             " speak.",
-            f"게이트가 {shortened(heaviest, 80)}에 가중치의 {percent(load[heaviest])}를 줍니다. 나머지는 거의 말하지"
-            " 않습니다.",
+            f"게이트가 {shortened(heaviest, 80)}에 가중치의 {percent(load[heaviest])}를 몰아줍니다. 나머지는 거의"
+            " 쓰이지 않습니다.",
         )
+
+
+def _never_chosen(report: Mapping[str, Any]) -> Iterator[Say]:
+    """Experts to whom the router hardly ever sends what is theirs."""
+    rows = within(report, "all").get("confusion") or ()
+    for at, (name, row) in enumerate(zip(report.get("labels") or (), rows, strict=False)):  # no row of "other"
+        counts = [number(n) or 0.0 for n in row]
+        own, n_all = math.fsum(counts[at : at + 1]), math.fsum(counts)
+        if n_all and own / n_all < UNHEARD:
+            yield Say(
+                f"The router sends {shortened(name, 80)} only {counted(own)} of the {counted(n_all)} texts that are its"
+                " own. Give it more talk, or talk that sounds different.",
+                f"라우터가 {shortened(name, 80)}의 글 {counted(n_all)}개 가운데 {counted(own)}개만 제 전문가에게"
+                " 보냅니다. 대화를 더 모으거나, 다른 전문가와 더 뚜렷이 다른 대화를 주세요.",
+            )
 
 
 def _not_at_home(combination: Mapping[str, Any]) -> Iterator[Say]:
@@ -54,8 +73,8 @@ def _not_at_home(combination: Mapping[str, Any]) -> Iterator[Say]:
             yield Say(
                 f"On {shortened(owner, 80)}'s own talk {shortened(better, 80)} is better"
                 f" ({told(others[better], 3)} against {told(losses[owner], 3)}).",
-                f"{shortened(owner, 80)}의 대화에서 {shortened(better, 80)}가 더 낫습니다"
-                f"({told(others[better], 3)}, {shortened(owner, 80)}는 {told(losses[owner], 3)}).",
+                f"{shortened(owner, 80)}의 대화인데도 {shortened(better, 80)} 쪽이 더 낫습니다"
+                f"(손실 {told(others[better], 3)} 대 {told(losses[owner], 3)}).",
             )
 
 
@@ -68,7 +87,7 @@ def of_search(seen: Seen) -> Iterator[Say]:
     if n_all and n_failed / n_all > FAILED:
         yield Say(
             f"{counted(n_failed)} of {counted(n_all)} trials failed; the reasons stand in search/trials.csv.",
-            f"시도 {counted(n_all)}번 가운데 {counted(n_failed)}번이 실패했습니다. 까닭은 search/trials.csv에"
+            f"시도 {counted(n_all)}번 가운데 {counted(n_failed)}번이 실패했습니다. 이유는 search/trials.csv에"
             " 있습니다.",
         )
     for key, value in within(search, "best", "values").items():
@@ -82,5 +101,5 @@ def of_search(seen: Seen) -> Iterator[Say]:
             end = Say("lower", "아래") if at < EDGE else Say("upper", "위")
             yield Say(
                 f"The best {key} ({found:.4g}) lies at the {end.en} end of its range: look beyond it.",
-                f"가장 나은 {key}({found:.4g})가 범위의 {end.ko}쪽 끝에 있습니다. 범위를 넓혀 보세요.",
+                f"{key}: 가장 나은 값({found:.4g})이 범위의 {end.ko}쪽 끝에 있습니다. 범위를 넓혀 보세요.",
             )

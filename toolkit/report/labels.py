@@ -18,7 +18,7 @@ def labels_section(seen: Seen) -> Markup:
     of_base = Say("The base", "베이스")
     return section(
         "labels",
-        Say("Which label was taken for which", "무엇을 무엇으로 보았나"),
+        Say("Which label was taken for which", "무엇을 무엇으로 분류했나"),
         _matrix(own, says),
         folded(of_base, _matrix(base, of_base)),
     )

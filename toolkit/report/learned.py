@@ -14,13 +14,13 @@ STEP = Say("optimizer step", "학습 단계")
 LOSS = Say("loss (nats a token)", "손실(토큰당 nat)")
 MOST_LINES = 12  # in one drawing
 OF_EACH = (
-    (VALID_LOSS_OF, Say("Held-out loss while learning", "배우는 동안 남겨 둔 손실")),
-    (LOSS_OF, Say("Loss while learning", "배우는 동안의 손실")),
+    (VALID_LOSS_OF, Say("Held-out loss while learning", "학습 중의 검증 손실")),
+    (LOSS_OF, Say("Loss while learning", "학습 손실")),
 )
 ENDS = {
-    "done": Say("all steps were taken", "끝까지 배웠습니다"),
+    "done": Say("all steps were taken", "계획한 단계를 모두 마쳤습니다"),
     "early": Say(
-        "it stopped early, since the held-out loss no longer fell", "남겨 둔 손실이 더 줄지 않아 일찍 멈추었습니다"
+        "it stopped early, since the held-out loss no longer fell", "검증 손실이 더 줄지 않아 일찍 멈췄습니다"
     ),
 }
 
@@ -34,17 +34,17 @@ def curves_section(seen: Seen) -> Markup:
         return EMPTY
     fit = within(seen.facts, "fit")
     lines = [
-        Line(Say("while learning", "배우는 동안"), learned, 2),
-        Line(Say("held out", "남겨 둔 대화"), watched, 1),
+        Line(Say("while learning", "학습"), learned, 2),
+        Line(Say("held out", "검증"), watched, 1),
     ]
     many = len(learned) > 240
     note = Say(
         "The shaded band holds the losses of the single steps; the line is their mean.",
-        "옅은 띠는 단계마다의 손실이고, 선은 그 평균입니다.",
+        "옅은 띠는 각 단계의 손실이고, 선은 그 평균입니다.",
     )
     return section(
         "curves",
-        Say("How the loss went", "손실의 움직임"),
+        Say("How the loss went", "손실 곡선"),
         paragraph(_sentence(seen)),
         chart([line for line in lines if line.points], STEP, LOSS, curve_caption(seen)),
         paragraph(note, "note") if many else EMPTY,
@@ -62,9 +62,9 @@ def _curves_of_several(seen: Seen) -> Markup:
     ]
     n = len(names) - len(shown)
     rest = Say(f"{n} more are in metrics.jsonl.", f"나머지 {n}개는 metrics.jsonl에 있습니다.")
-    says = Say("Every curve counts its own steps.", "곡선마다 자기 단계를 셉니다.")
+    says = Say("Every curve counts its own steps.", "학습 단계는 곡선마다 따로 셉니다.")
     note = paragraph(rest, "note") if n else EMPTY
-    return section("curves", Say("How the loss went", "손실의 움직임"), paragraph(says, "note"), *drawn, note)
+    return section("curves", Say("How the loss went", "손실 곡선"), paragraph(says, "note"), *drawn, note)
 
 
 def _one_each(seen: Seen, names: Sequence[str], prefix: str, says: Say) -> Markup:
@@ -74,15 +74,15 @@ def _one_each(seen: Seen, names: Sequence[str], prefix: str, says: Say) -> Marku
         if (points := seen.points(prefix + name))
     ]
     ends = ", ".join(f"{same(line.name).en} {line.points[-1][1]:.3f}" for line in lines)
-    return under(says, chart(lines, STEP, LOSS, says + Say(f"; at the end: {ends}.", f"; 끝에서: {ends}.")))
+    return under(says, chart(lines, STEP, LOSS, says + Say(f"; at the end: {ends}.", f". 끝에서: {ends}.")))
 
 
 def curve_caption(seen: Seen) -> Say:
     """The curves in words."""
     parts = []
     for points, says in (
-        (seen.points("loss"), Say("Loss while learning", "배우는 동안의 손실")),
-        (seen.points("valid_loss"), Say("held-out loss", "남겨 둔 손실")),
+        (seen.points("loss"), Say("Loss while learning", "학습 손실")),
+        (seen.points("valid_loss"), Say("held-out loss", "검증 손실")),
     ):
         if points:
             first, last, low = points[0][1], points[-1][1], min(y for _, y in points)
@@ -90,7 +90,7 @@ def curve_caption(seen: Seen) -> Say:
                 says
                 + Say(
                     f" from {first:.3f} to {last:.3f} (lowest {low:.3f})",
-                    f" {first:.3f}에서 {last:.3f}까지 (가장 낮을 때 {low:.3f})",
+                    f" {first:.3f} → {last:.3f}(최저 {low:.3f})",
                 )
             )
     text = parts[0]
@@ -105,7 +105,7 @@ def _sentence(seen: Seen) -> Say:
     end = ENDS.get(str(fit.get("stopped")), Say("", ""))
     return Say(
         f"{steps} steps over {tokens} tokens in {time.en}; {end.en}.",
-        f"{tokens}토큰으로 {steps}단계를 {time.ko} 동안 배웠고, {end.ko}.",
+        f"{tokens}토큰으로 {steps}단계를 {time.ko} 동안 학습했고, {end.ko}.",
     )
 
 
@@ -115,6 +115,6 @@ def _best(seen: Seen) -> Markup:
     return paragraph(
         Say(
             f"What is kept is step {step}, where the held-out loss was lowest ({loss}).",
-            f"남은 것은 남겨 둔 손실이 가장 낮았던 {step}단계입니다({loss}).",
+            f"저장한 것은 검증 손실이 가장 낮았던 {step}단계입니다({loss}).",
         )
     )

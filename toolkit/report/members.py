@@ -13,7 +13,7 @@ from toolkit.report.seen import Seen
 from toolkit.report.words import Say, Words, counted, metric_name, number, same, shortened, span, told, within
 
 FIRST = ("loss", "bits per byte", "accuracy", "macro f1", "log loss", "chrf", "ended", "repetition")
-COMBINATION = Say("the combination", "합친 것")
+COMBINATION = Say("the combination", "조합")
 
 
 def experts_section(seen: Seen) -> Markup:
@@ -22,7 +22,7 @@ def experts_section(seen: Seen) -> Markup:
     if not experts:
         return EMPTY
     name = f"{combination.get('kind')} ({combination.get('how')})" if combination else ""
-    heading = Say(f"Experts and their {name}", f"전문가와 {name}") if name else Say("Experts", "전문가")
+    heading = Say(f"Experts and their {name}", f"전문가와 조합: {name}") if name else Say("Experts", "전문가")
     return section(
         "experts",
         heading,
@@ -41,7 +41,7 @@ def _verdict(seen: Seen, combination: Mapping[str, Any], name: str) -> Say:
     if not combination:
         return Say(
             f"On held-out talk {best} is best; the run answers with it.",
-            f"남겨 둔 대화에서 {best}가 가장 낫고, 이 실행은 그것으로 대답합니다.",
+            f"남겨 둔 대화에서 가장 나은 전문가는 {best}이고, 이 실행은 그 전문가로 대답합니다.",
         )
     found = within(combination, "verdict")
     if not found:
@@ -91,29 +91,29 @@ def _table_of_all(seen: Seen, experts: Mapping[str, Any], combination: Mapping[s
         ]
         return table(caption, head, rows)
 
-    more = Say("Every other number of each", "저마다의 다른 숫자 모두")
-    everybody = Say("Everybody on the same held-out talk", "모두를 같은 남겨 둔 대화에서")
+    more = Say("Every other number of each", "그 밖의 모든 수치")
+    everybody = Say("Everybody on the same held-out talk", "남겨 둔 같은 대화로 모두를 잰 값")
     return joined([shown(keys, everybody), folded(more, shown(rest, more)) if rest else EMPTY])
 
 
 def _cell(row: Compared | None) -> str:
-    return "" if row is None or row.after is None else told(row.after, 4)
+    return "" if row is None or row.after is None else f"{row.after:,.4f}"
 
 
 def _made_how(experts: Mapping[str, Any]) -> Markup:
     head = (
         Say("expert", "전문가"),
         Say("adapter", "어댑터"),
-        Say("where from", "어디서"),
+        Say("where from", "출처"),
         Say("steps", "단계"),
         Say("time", "시간"),
         Say("tokens", "토큰"),
-        Say("lowest watched loss", "지켜본 손실의 최저"),
+        Say("lowest watched loss", "최저 검증 손실"),
     )
     rows: list[list[Words]] = []
     for name, of in experts.items():
         fit, run = within(of, "fit"), of.get("run") if isinstance(of, Mapping) else None
-        origin: Words = shortened(run, 80) if run else Say("trained here", "여기서 배움")
+        origin: Words = shortened(run, 80) if run else Say("trained here", "이 실행에서 학습")
         kind = shortened(within(experts, name).get("adapter") or "", 40)
         rows.append(
             [
@@ -126,7 +126,7 @@ def _made_how(experts: Mapping[str, Any]) -> Markup:
                 told(fit.get("best_loss"), 4),
             ]
         )
-    return folded(Say("How each was trained", "저마다 어떻게 배웠나"), table(head[0], head, rows, texts=3))
+    return folded(Say("How each was trained", "전문가별 학습"), table(head[0], head, rows, texts=3))
 
 
 def _weights(combination: Mapping[str, Any]) -> Markup:
@@ -154,18 +154,18 @@ def _on(combination: Mapping[str, Any]) -> Markup:
     head = [COMBINATION if name == "combination" else same(shortened(name, 80)) for name in columns]
     caption = Say(
         "Loss on each expert's own held-out talk (rows); the darker, the lower within a row",
-        "전문가마다 자기 대화(행)에서 잰 손실. 행 안에서 낮을수록 짙습니다",
+        "전문가별로 남겨 둔 대화(행)에서의 손실. 한 행 안에서 낮을수록 짙습니다",
     )
     oracle = number(combination.get("oracle"))
     ideal = paragraph(
         Say(
             f"With every talk answered by its own expert the loss is {told(oracle, 4)}.",
-            f"모든 대화를 제 전문가가 맡으면 손실은 {told(oracle, 4)}입니다.",
+            f"대화마다 제 전문가가 답한다면 손실은 {told(oracle, 4)}입니다.",
         )
     )
     drawn = heat(caption, Say("talk of", "누구의 대화"), head, values, shown=shown, is_low_best=True)
     return under(
-        Say("Who is good at whose talk", "누가 누구의 대화를 잘하나"), drawn, ideal if oracle is not None else EMPTY
+        Say("Who is good at whose talk", "누가 누구의 대화에 강한가"), drawn, ideal if oracle is not None else EMPTY
     )
 
 
@@ -184,4 +184,4 @@ def _answers(seen: Seen, experts: Mapping[str, Any], is_combined: bool) -> Marku
     for one in prompts:
         by_lang.setdefault(str(one.get("lang") or ""), []).append(one)
     drawn = [side_by_side(lang, some[:12], names, said) for lang, some in by_lang.items()]
-    return folded(Say("What each of them answered", "저마다 한 대답"), joined(drawn))
+    return folded(Say("What each of them answered", "각자의 대답"), joined(drawn))

@@ -43,13 +43,13 @@ def cautions(seen: Sequence[Seen]) -> list[Say]:
     """Why numbers of these runs may not be compared; empty where they may."""
     found = []
     if len({one.task for one in seen}) > 1:
-        found.append(Say("The runs are for different tasks.", "실행들이 하는 일이 서로 다릅니다."))
+        found.append(Say("The runs are for different tasks.", "실행마다 작업이 다릅니다."))
     if len({_held_out(one) for one in seen}) > 1:
         found.append(
             Say(
                 "Numbers are not comparable: the runs were judged by different held-out talk. Give them the same data,"
                 " shares and seed.",
-                "숫자를 견줄 수 없습니다. 서로 다른 남겨 둔 대화로 쟀습니다. 데이터와 비율과 시드를 같게 하세요.",
+                "숫자를 견줄 수 없습니다. 평가에 쓴 대화가 서로 다릅니다. 데이터와 비율, 시드를 같게 맞추세요.",
             )
         )
     if len({_base(one) for one in seen}) > 1:
@@ -93,6 +93,11 @@ def differences(seen: Sequence[Seen]) -> dict[str, list[Any]]:
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
+def written(seen: Sequence[Seen], key: str) -> list[str]:
+    """What each recipe has under a key; nothing for those that do not have it."""
+    return [value_text(one.recipe[key]) if key in one.recipe else "" for one in seen]
+
+
 def numbers_of(seen: Sequence[Seen]) -> dict[tuple[str, str], list[Compared | None]]:
     """(metric, language): what each run came to."""
     each = [{(row.metric, row.lang): row for row in one.numbers} for one in seen]
@@ -132,9 +137,7 @@ def several_page(seen: Sequence[Seen], out: Path) -> str:
     ]
     n = len(seen)
     title = " · ".join(shortened(name, 40) for name in names[:4]) + (f" … (+{n - 4})" if n > 4 else "")
-    return page(
-        title, Say(f"{n} runs of Maltu side by side", f"Maltu 실행 {n}개를 나란히"), _tiles(seen, names), sections
-    )
+    return page(title, Say(f"{n} runs of Maltu side by side", f"Maltu 실행 {n}개 비교"), _tiles(seen, names), sections)
 
 
 def _tiles(seen: Sequence[Seen], names: Sequence[str]) -> list[Tile]:
@@ -151,7 +154,7 @@ def _tiles(seen: Sequence[Seen], names: Sequence[str]) -> list[Tile]:
 def _cautions(seen: Sequence[Seen]) -> Markup:
     items = [Markup("<li>{}</li>").format(caution) for caution in cautions(seen)]
     body = Markup("<ul>{}</ul>").format(joined(items)) if items else EMPTY
-    return section("doubts", Say("Before you compare", "견주기 전에"), body)
+    return section("doubts", Say("Before you compare", "비교하기 전에"), body)
 
 
 def _numbers(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
@@ -159,13 +162,13 @@ def _numbers(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
     together = {metric for metric, lang in rows if not lang}
     main = {key: row for key, row in rows.items() if not key[1] or key[0] not in together}
     rest = {key: row for key, row in rows.items() if key not in main}
-    says = Say("The best of a row is bold.", "행마다 가장 나은 것이 굵습니다.")
-    by_language = Say("By language", "언어마다")
+    says = Say("The best of a row is bold.", "행마다 가장 나은 값이 굵은 글씨입니다.")
+    by_language = Say("By language", "언어별")
     return section(
         "numbers",
-        Say("Numbers", "숫자"),
+        Say("Numbers", "수치"),
         paragraph(says, "note") if are_judged_alike(seen) else EMPTY,
-        _number_table(Say("What each run came to", "실행마다의 값"), seen, names, main),
+        _number_table(Say("What each run came to", "실행별 값"), seen, names, main),
         folded(by_language, _number_table(by_language, seen, names, rest)),
     )
 
@@ -188,15 +191,15 @@ def _number_table(
         lines.append(
             [title, *(Markup("<b>{}</b>").format(text) if at == best else text for at, text in enumerate(texts))]
         )
-    return table(caption, [Say("number", "숫자"), *(shortened(name, 60) for name in names)], lines)
+    return table(caption, [Say("metric", "지표"), *(shortened(name, 60) for name in names)], lines)
 
 
 def _curves(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
     """Held-out losses over one another, then those of learning."""
     drawn = []
     for metric, says in (
-        ("valid_loss", Say("Held-out loss while learning", "배우는 동안 남겨 둔 손실")),
-        ("loss", Say("Loss while learning", "배우는 동안의 손실")),
+        ("valid_loss", Say("Held-out loss while learning", "학습 중의 검증 손실")),
+        ("loss", Say("Loss while learning", "학습 손실")),
     ):
         lines = [
             Line(shortened(name, 60), one.points(metric), at + 1, is_dashed=at >= N_COLORS)
@@ -204,9 +207,17 @@ def _curves(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
         ]
         lines = [line for line in lines if line.points]
         ends = ", ".join(f"{same(line.name).en} {line.points[-1][1]:.3f}" for line in lines)
-        caption = says + Say(f"; at the end: {ends}.", f"; 끝에서: {ends}.")
+        caption = says + Say(f"; at the end: {ends}.", f". 끝에서: {ends}.")
         drawn.append(under(says, chart(lines, STEP, LOSS, caption)))
-    return section("curves", Say("How the loss went", "손실의 움직임"), *drawn)
+    bare = [name for one, name in zip(seen, names, strict=True) if not one.points("loss")]
+    told = ", ".join(shortened(name, 60) for name in bare)
+    note = Say(
+        f"No curve of one adapter alone: {told}. How it went there stands in its own report.",
+        f"어댑터 하나의 곡선이 없는 실행: {told}. 그 실행의 보고서에서 볼 수 있습니다.",
+    )
+    if bare and any(drawn):
+        drawn.append(paragraph(note, "note"))
+    return section("curves", Say("How the loss went", "손실 곡선"), *drawn)
 
 
 def _answers(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
@@ -222,18 +233,18 @@ def _answers(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
             by_lang.setdefault(str(one.get("lang") or ""), []).append(one)
     shown = [shortened(name, 60) for name in names]
     drawn = [side_by_side(lang, prompts, shown, columns) for lang, prompts in by_lang.items()]
-    return section("answers", Say("Answers to the same prompts", "같은 질문에 한 대답"), *drawn)
+    return section("answers", Say("Answers to the same prompts", "같은 질문에 대한 대답"), *drawn)
 
 
 def _differences(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
     found = differences(seen)
-    rows: list[list[Words]] = [[inline_code(key), *map(value_text, values)] for key, values in found.items()]
+    rows: list[list[Words]] = [[inline_code(key), *written(seen, key)] for key in found]
     head: list[Words] = [Say("key", "키"), *(shortened(name, 60) for name in names)]
     nothing = paragraph(Say("Their recipes say the same.", "레시피가 모두 같습니다."))
-    caption = Say("Keys in which the recipes differ", "레시피가 서로 다른 키")
+    caption = Say("Keys in which the recipes differ", "레시피에서 값이 다른 키")
     return section(
         "recipes",
-        Say("What differs in their recipes", "레시피에서 다른 것"),
+        Say("What differs in their recipes", "레시피의 차이"),
         table(caption, head, rows, texts=len(head)) if rows else nothing,
     )
 
@@ -247,15 +258,18 @@ def _costs(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
         {same(title).en if isinstance(title, Say | str) else title: value for title, value in rows} for rows in each
     ]
     lines: list[list[Words]] = [[titles[key], *(of.get(key, "") for of in known)] for key in titles]
-    head: list[Words] = [Say("what", "무엇"), *(shortened(name, 60) for name in names)]
+    head: list[Words] = [Say("what", "항목"), *(shortened(name, 60) for name in names)]
     note = Say(
         "Energy is an estimate: 10 W for each CPU thread or 300 W for a GPU while training. Times compare only on the"
         " same machine.",
-        "에너지는 어림입니다. 학습하는 동안 CPU 스레드마다 10 W, GPU는 300 W로 쳤습니다. 시간은 같은 컴퓨터에서만"
+        "에너지는 추정입니다. 학습하는 동안 CPU 스레드마다 10 W, GPU는 300 W로 쳤습니다. 시간은 같은 컴퓨터에서만"
         " 견줄 수 있습니다.",
     )
     return section(
-        "cost", Say("Cost", "비용"), table(Say("What each took", "저마다 든 것"), head, lines), paragraph(note, "note")
+        "cost",
+        Say("Cost", "비용"),
+        table(Say("What each took", "실행별로 들어간 자원"), head, lines),
+        paragraph(note, "note"),
     )
 
 
@@ -264,7 +278,7 @@ def _doubts(seen: Sequence[Seen], names: Sequence[str]) -> Markup:
     for one, name in zip(seen, names, strict=True):
         items = [Markup("<li>{}</li>").format(doubt) for doubt in doubts_of(one)]
         parts.append(under(shortened(name, 80), Markup("<ul>{}</ul>").format(joined(items)) if items else EMPTY))
-    return section("each", Say("Worth a second look in each", "저마다 다시 볼 것"), *parts)
+    return section("each", Say("Worth a second look in each", "실행별로 살펴볼 점"), *parts)
 
 
 def _links(seen: Sequence[Seen], names: Sequence[str], out: Path) -> Markup:
@@ -276,7 +290,7 @@ def _links(seen: Sequence[Seen], names: Sequence[str], out: Path) -> Markup:
         learned = counted(within(one.facts, "data", "parts").get("train"))
         command = inline_code(str(one.facts.get("command", "")))
         rows.append([shortened(name, 80), learned, command, link])
-    head = (Say("run", "실행"), Say("learned from", "배운 대화"), Say("command", "명령"), Say("its page", "그 페이지"))
+    head = (Say("run", "실행"), Say("learned from", "학습한 대화"), Say("command", "명령"), Say("its page", "보고서"))
     return section(
-        "runs", Say("The runs", "실행들"), table(Say("Where they come from", "어디서 왔나"), head, rows, texts=4)
+        "runs", Say("The runs", "비교한 실행"), table(Say("Where they come from", "실행의 출처"), head, rows, texts=4)
     )

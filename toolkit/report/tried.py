@@ -13,7 +13,7 @@ from toolkit.report.seen import Seen
 from toolkit.report.words import Say, Words, counted, number, percent, shortened, span, told, within, within_list
 
 TRIAL = Say("trial", "시도")
-LOSS = Say("held-out loss (nats a token)", "남겨 둔 손실(토큰당 nat)")
+LOSS = Say("held-out loss (nats a token)", "검증 손실(토큰당 nat)")
 # Columns of trials.csv that are no keys of a recipe.
 NOT_KEYS = {
     "number", "state", "loss", "lowest_loss", "best_step", "steps", "steps_planned", "seconds", "n_tokens",
@@ -21,8 +21,8 @@ NOT_KEYS = {
 }  # fmt: skip
 MOST_SLICES = 9
 MOST_CATEGORIES = 12
-DONE = Say("trained to the end", "끝까지 배운 시도")
-EARLY = Say("ended early, at its lowest", "일찍 끝낸 시도의 가장 낮은 값")
+DONE = Say("trained to the end", "끝까지 학습한 시도")
+EARLY = Say("ended early, at its lowest", "일찍 끝낸 시도(최저값)")
 
 
 def search_section(seen: Seen) -> Markup:
@@ -57,9 +57,9 @@ def _lead(facts: Mapping[str, Any]) -> Say:
     counts, best = within(facts, "trials"), within(facts, "best")
     n_ended = counted(sum(int(number(counts.get(state)) or 0) for state in ("complete", "pruned", "failed")))
     time, done = span(facts.get("seconds")), counted(counts.get("complete"))
-    korean = f"{time.ko} 동안 {n_ended}번 시도해 {done}번을 끝까지 배웠습니다."
+    korean = f"{time.ko} 동안 {n_ended}번 시도해 {done}번을 끝까지 학습했습니다."
     if best:
-        korean += f" 가장 나은 {best.get('number')}번 시도의 남겨 둔 손실은 {say_loss(best['loss'])}입니다."
+        korean += f" 가장 나은 {best.get('number')}번 시도의 검증 손실은 {say_loss(best['loss'])}입니다."
     return Say(say_lead(facts), korean)
 
 
@@ -72,7 +72,9 @@ def _saved(facts: Mapping[str, Any]) -> Say:
         counted(steps.get("planned")),
         percent(steps.get("saved_share")),
     )
-    return Say(say_saved(facts), f"나쁜 시도를 일찍 끝내 계획한 {planned}단계 가운데 {n}단계({share})를 아꼈습니다.")
+    return Say(
+        say_saved(facts), f"가망 없는 시도를 일찍 끝내 계획한 {planned}단계 가운데 {n}단계({share})를 아꼈습니다."
+    )
 
 
 def _best(facts: Mapping[str, Any]) -> Markup:
@@ -104,17 +106,17 @@ def _history(trials: Sequence[Mapping[str, str]]) -> Markup:
         last = max(x for x, _ in (*done, *early))
         best = best if best[-1][0] == last else [*best, (last, best[-1][1])]
     lines = [
-        Line(Say("best so far", "그때까지 가장 나은 값"), best, 2, "stairs"),
+        Line(Say("best so far", "그때까지의 최저"), best, 2, "stairs"),
         Line(EARLY, early, 4, "rings"),
         Line(DONE, done, 1, "dots"),
     ]
     low = min(y for _, y in (done or early))
     caption = Say(
         f"{len(done)} trials trained to the end and {len(early)} ended early; the lowest loss is {low:.4f}.",
-        f"끝까지 배운 시도 {len(done)}번, 일찍 끝낸 시도 {len(early)}번. 가장 낮은 손실은 {low:.4f}입니다.",
+        f"끝까지 학습한 시도 {len(done)}번, 일찍 끝낸 시도 {len(early)}번. 가장 낮은 손실은 {low:.4f}입니다.",
     )
     return under(
-        Say("How the search went", "탐색의 움직임"), chart([one for one in lines if one.points], TRIAL, LOSS, caption)
+        Say("How the search went", "탐색의 진행"), chart([one for one in lines if one.points], TRIAL, LOSS, caption)
     )
 
 
@@ -139,13 +141,11 @@ def parsed(text: str | None) -> float | None:
 def _importances(facts: Mapping[str, Any]) -> Markup:
     found = {key: share for key, of in within(facts, "importances").items() if (share := number(of)) is not None}
     note = str(facts.get("importances_note") or "")
-    korean = "대략의 순서일 뿐, 잰 값은 아닙니다." if found else "무엇이 중요했는지 말하기에는 시도가 모자랍니다."
+    korean = "대략의 순서일 뿐, 정밀한 값은 아닙니다." if found else "무엇이 중요했는지 말하기에는 시도가 모자랍니다."
     told_note = paragraph(Say(note, korean), "note") if note else EMPTY
-    caption = Say(
-        "Share of what tells good trials from all trials", "나은 시도를 모든 시도와 가르는 것 가운데 차지하는 몫"
-    )
+    caption = Say("Share of what tells good trials from all trials", "좋은 시도를 가르는 데 차지하는 비중")
     shown = [percent(share) for share in found.values()]
-    drawn = bars(caption, (Say("parameter", "매개변수"), Say("share", "몫")), found, shown)
+    drawn = bars(caption, (Say("parameter", "매개변수"), Say("share", "비중")), found, shown)
     return under(Say("What mattered", "무엇이 중요했나"), drawn, told_note)
 
 
@@ -196,7 +196,7 @@ def _kinds(facts: Mapping[str, Any]) -> Markup:
         Say("kind", "종류"),
         LOSS,
         TRIAL,
-        Say("trainable parameters", "배우는 파라미터"),
+        Say("trainable parameters", "학습되는 파라미터"),
         Say("time", "시간"),
         Say("memory of the adapter (MB)", "어댑터의 메모리(MB)"),
         Say("trials", "시도"),
@@ -213,4 +213,4 @@ def _kinds(facts: Mapping[str, Any]) -> Markup:
         ]
         for one in within_list(facts, "kinds")
     ]
-    return table(Say("Kinds of adapter compared", "어댑터 종류 견주기"), head, rows)
+    return table(Say("Kinds of adapter compared", "어댑터 종류 비교"), head, rows)

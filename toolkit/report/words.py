@@ -127,9 +127,9 @@ METRICS: Mapping[str, Say] = {
     "answers haeyo": Say("answers in haeyo", "해요체 대답"),
     "sentences hapsyo": Say("sentences in hapsyo", "합쇼체 문장"),
     "answers hapsyo": Say("answers in hapsyo", "합쇼체 대답"),
-    "spoken sentences": Say("spoken sentences", "구어 문장"),
-    "spoken bits per byte": Say("bits per byte of speech", "구어 1바이트당 비트"),
-    "written bits per byte": Say("bits per byte of writing", "문어 1바이트당 비트"),
+    "spoken sentences": Say("spoken sentences", "입말 문장"),
+    "spoken bits per byte": Say("bits per byte of speech", "입말 1바이트당 비트"),
+    "written bits per byte": Say("bits per byte of writing", "글말 1바이트당 비트"),
     "accuracy": Say("accuracy", "정확도"),
     "macro f1": Say("macro F1", "매크로 F1"),
     "log loss": Say("log loss", "로그 손실"),
@@ -138,12 +138,12 @@ METRICS: Mapping[str, Say] = {
 LANGS: Mapping[str, Say] = {"": Say("all", "전체"), "ko": Say("Korean", "한국어"), "en": Say("English", "영어")}
 REASONS: Mapping[str, Say] = {
     "empty": Say("empty", "비어 있음"),
-    "one_sided": Say("no question with an answer", "질문과 대답이 갖춰지지 않음"),
-    "too_few_turns": Say("too few turns", "차례가 너무 적음"),
+    "one_sided": Say("no question with an answer", "질문이나 대답이 빠짐"),
+    "too_few_turns": Say("too few turns", "턴이 너무 적음"),
     "exact_duplicate": Say("exact duplicate", "똑같은 대화"),
     "near_duplicate": Say("near duplicate", "거의 같은 대화"),
     "too_long": Say("too long", "너무 긺"),
-    "old_turns": Say("oldest turns cut", "오래된 차례를 잘라 냄"),
+    "old_turns": Say("oldest turns cut", "오래된 턴을 잘라 냄"),
 }
 
 

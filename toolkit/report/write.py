@@ -55,7 +55,7 @@ def _says(seen: Seen) -> Say:
     when = str(seen.facts.get("updated", ""))[:10]
     return Say(
         f"A run of Maltu {version} on {base}, finished {when}",
-        f"{base} 위에서 Maltu {version}(으)로 학습, {when}에 끝남",
+        f"베이스 {base}, Maltu {version}, {when}에 끝난 실행",
     )
 
 
@@ -63,7 +63,7 @@ def doubts_section(seen: Seen) -> Markup:
     """What to doubt, as a list; nothing where there is nothing."""
     items = [Markup("<li>{}</li>").format(doubt) for doubt in doubts_of(seen)]
     body = Markup("<ul>{}</ul>").format(joined(items)) if items else Markup("")
-    return section("doubts", Say("Worth a second look", "다시 볼 것"), body)
+    return section("doubts", Say("Worth a second look", "살펴볼 점"), body)
 
 
 def tiles_of(seen: Seen) -> list[Tile]:
@@ -82,7 +82,7 @@ def tiles_of(seen: Seen) -> list[Tile]:
     parts = within(seen.facts, "data", "parts")
     learned = counted(parts.get("train"))
     n = counted(seen.n_judged_by)
-    tiles.append((Say("learned from", "배운 대화"), learned, Say(f"judged by {n}", f"{n}개로 잼")))
+    tiles.append((Say("learned from", "학습한 대화"), learned, Say(f"judged by {n}", f"{n}개로 평가")))
     return tiles[:N_TILES]
 
 
