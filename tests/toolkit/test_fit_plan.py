@@ -10,6 +10,7 @@ from toolkit.fit.plan import (
     Shape,
     count_steps,
     evaluation_steps,
+    is_judged,
     largest_divisor,
     make_plan,
 )
@@ -72,6 +73,12 @@ def test_steps_of_partial_epochs() -> None:
 def test_the_last_step_is_always_looked_at() -> None:
     assert evaluation_steps(10, 25, 0.5) == (5, 10, 15, 20, 25)
     assert evaluation_steps(3, 4, 0.25)[-1] == 4
+
+
+def test_a_loss_counts_when_the_learning_rate_has_risen() -> None:
+    train = recipe(train={"warmup_ratio": 0.1}).train
+    assert [is_judged(train, 40, step) for step in (1, 4, 5, 40)] == [False, False, True, True]
+    assert is_judged(train, 19, 1)  # too short for a warm-up
 
 
 @given(st.integers(1, 500), st.integers(0, 600))

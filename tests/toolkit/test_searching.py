@@ -272,6 +272,21 @@ def test_a_trial_alone_is_pruned_at_the_step_of_its_evaluation(search: Search, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "ia3"])  # in a stack, and alone
+def test_no_trial_is_judged_while_its_learning_rate_rises(
+    search: Search, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from toolkit.search.study import Study
+
+    monkeypatch.setattr(Study, "should_prune", lambda study, number: number > 0)
+    train = "train: {max_steps: 24, batch_size: 4, evaluate_every: 0.2, warmup_ratio: 0.5, early_stop_patience: null}"
+    space = f"{{adapter: {{{kind}: {{}}}}, train.learning_rate: {{low: 0.005, high: 0.02}}}}"
+    pruned = trials_of(search(space, train=train, trials=2))[1]
+    assert (pruned.state.name, pruned.user_attrs["steps_planned"], pruned.user_attrs["steps"]) == ("PRUNED", 24, 14)
+    assert len(pruned.intermediate_values) == 7
+
+
+@pytest.mark.slow
 def test_pruning_saves_steps(search: Search) -> None:
     run = search(train=LONG, pruner="successive_halving", trials=10, sampler="random", side_by_side=3)
     steps, states = facts_of(run)["search"]["steps"], facts_of(run)["search"]["trials"]

@@ -168,6 +168,11 @@ def warmup_steps(train: Train, total: int) -> int:
     return math.ceil(train.warmup_ratio * total) if total >= SHORT else 0
 
 
+def is_judged(train: Train, total: int, step: int) -> bool:
+    """Whether a held-out loss after this step tells of a trial: not while its learning rate still rises."""
+    return step > warmup_steps(train, total)
+
+
 def evaluation_steps(per_epoch: int, total: int, every: float) -> tuple[int, ...]:
     """After which steps the held-out loss is measured: every `every` epochs, and always after the last."""
     if every <= 0:

@@ -13,7 +13,7 @@ from toolkit.errors import TrainingError
 from toolkit.evaluate.talk import held_out_loss
 from toolkit.fit.alone import Lesson, Silent, Worn, fit_worn, wear
 from toolkit.fit.fitted import Fitted
-from toolkit.fit.plan import count_steps, evaluation_steps
+from toolkit.fit.plan import count_steps, evaluation_steps, is_judged
 from toolkit.fit.prepare import training_rows
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.recipe.model import Recipe
@@ -95,7 +95,9 @@ class _Looks:
         self._tell(loss)
         self._crew.show()
         is_last = len(self._losses) >= len(self._steps)  # it has cost what it costs
-        if not is_last and self._crew.study.should_prune(number):
+        step = self._steps[len(self._losses) - 1]
+        may_end = not is_last and is_judged(self._asked.recipe.train, self._steps[-1], step)
+        if may_end and self._crew.study.should_prune(number):
             raise Pruned
         return loss
 

@@ -15,7 +15,7 @@ from toolkit.fit.cached import CachedRows
 from toolkit.fit.fitted import Fitted
 from toolkit.fit.many import Look, find_saved
 from toolkit.fit.member import STATE_FILE, Learner, Member, is_sound
-from toolkit.fit.plan import Plan, count_steps, make_plan
+from toolkit.fit.plan import Plan, count_steps, is_judged, make_plan
 from toolkit.fit.prepare import place_here, shape_of, training_rows
 from toolkit.fit.stackable import holds
 from toolkit.recipe.model import Recipe
@@ -91,10 +91,16 @@ class Crew:
         return None
 
     def looked(self, looks: Sequence[Look]) -> Collection[str]:
-        """Tell the losses, then ask which are worth going on with."""
+        """Tell the losses, then ask which are worth going on with: of those whose learning rate rises no longer."""
         for look in looks:
-            self.study.report(self._asked[look.name].number, look.number, look.loss)
-        return [look.name for look in looks if self.study.should_prune(self._asked[look.name].number)]
+            self.study.report(self._number(look), look.number, look.loss)
+        return [look.name for look in looks if self._is_judged(look) and self.study.should_prune(self._number(look))]
+
+    def _number(self, look: Look) -> int:
+        return self._asked[look.name].number
+
+    def _is_judged(self, look: Look) -> bool:
+        return is_judged(self._asked[look.name].recipe.train, self._n_steps[look.name], look.step)
 
     def left(self, name: str, fitted: Fitted, adapter: Adapter) -> None:
         """Keep the adapter where it is the best so far, then tell what the trial came to."""

@@ -73,7 +73,8 @@ def may_repeat(recipe: Recipe) -> bool:
 
 
 def pruner(recipe: Recipe) -> BasePruner:
-    """What ends bad trials early. Its steps are evaluations, counted from 1.
+    """What ends bad trials early. Its steps are evaluations, counted from 1; those before the learning rate has risen
+    are reported and not judged.
 
     successive_halving compares a trial with all that came to its rung (evaluations 1, 3, 9, …), those beside it
     included, in the order in which they report: it never waits, and the first at a rung always goes on. median
