@@ -1,14 +1,16 @@
 # make demo: train and compare.  make test: all tests.  make check: lint, types, fast tests.  make setup: .venv alone.
+# make clients: the tests of LangChain, LiteLLM and llm, in .venv-clients.
 # make soak: 10 minutes of mixed load on a server (MINUTES=3: three).
 PYTHON ?= python3
 TORCH ?= auto
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.maltu-$(TORCH)
+CLIENTS := .venv-clients
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test check lint types soak wheel clean
+.PHONY: setup demo test check lint types clients soak wheel clean
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -32,6 +34,12 @@ check: lint types
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n 2 --dist worksteal
+
+$(CLIENTS)/.ready: tests/serve/clients.txt
+	$(PYTHON) -m venv $(CLIENTS) && $(CLIENTS)/bin/python -m pip --disable-pip-version-check -q install -r $< && touch $@
+
+clients: setup $(CLIENTS)/.ready
+	MALTU_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/serve/test_clients.py
 
 soak: setup
 	MALTU_SOAK_MINUTES=$(or $(MINUTES),10) $(PY) -m pytest -m soak -s

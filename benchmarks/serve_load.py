@@ -1,9 +1,13 @@
 """Load from outside, in a process of its own: `python benchmarks/serve_load.py` reads a job from standard input as JSON
 and writes what it saw to standard output.
 
-A job: {"port": …, "path": …, "clients": [[body, …], …]}: every client sends its bodies one after the other on
-connections of its own, all clients at once. Seen: seconds of the whole, and of every request its client, seconds until
-the first text, until the end, tokens (usage, where the server tells it, else pieces), and an error where there was one.
+A job: {"port": …, "path": …, "clients": [[body, …], …], "changes": [{"after": …, "path": …, "body": …, "headers": …}]}:
+every client sends its bodies one after the other on connections of its own, all clients at once. Changes (none where
+not said) are requests of one more client, one after the other, each as soon as every client has heard so many pieces.
+
+Seen: seconds of the whole; of every request its client, seconds until the first text, until the end, and of each piece
+since the job began, tokens read and written (usage, where the server tells it, else pieces), and an error where there
+was one; of every change its status and when it began and ended.
 HTTP is written and read by hand, so that as little as possible of the machine goes to this side.
 """
 
@@ -14,11 +18,14 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+Answer = tuple[int, AsyncIterator[bytes], asyncio.StreamWriter]
 
-async def request(port: int, path: str, body: bytes) -> tuple[int, AsyncIterator[bytes], asyncio.StreamWriter]:
+
+async def request(port: int, path: str, body: bytes, headers: dict[str, str]) -> Answer:
     """The status, and the parts of the answer's body as they come."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     status = int((await reader.readline()).split()[1])
     is_chunked = False
@@ -48,47 +55,80 @@ def text_of(event: dict[str, Any]) -> str:
     return "".join(found)
 
 
-async def one(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One request, timed."""
-    payload = json.dumps(body).encode()
-    since, first, n_pieces, n_told, rest, text = time.perf_counter(), None, 0, None, b"", []
-    status, body_parts, writer = await request(port, path, payload)
-    async for part in body_parts:
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event.get("choices") and (piece := text_of(event)):
-                first = first or time.perf_counter() - since
-                n_pieces += 1
-                text.append(piece)
-            if event.get("usage"):
-                n_told = event["usage"].get("completion_tokens")
-    took = time.perf_counter() - since
-    writer.close()
-    seen = {"first_s": first or took, "took_s": took, "tokens": n_told or n_pieces, "text": "".join(text)}
-    return seen if status == 200 and n_pieces else seen | {"error": f"{status} {rest[:200]!r}"}
+class Job:
+    """What is asked, and what was heard of it so far: for each client the times of all its pieces."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.port, self.path, self.clients = job["port"], job["path"], job["clients"]
+        self.changes = job.get("changes", [])
+        self.since = time.perf_counter()
+        self.heard: list[list[float]] = [[] for _ in self.clients]
+
+    def now(self) -> float:
+        """Seconds since the job began."""
+        return time.perf_counter() - self.since
+
+    async def one(self, number: int, body: dict[str, Any]) -> dict[str, Any]:
+        """One request, timed."""
+        payload, heard = json.dumps(body).encode(), self.heard[number]
+        since, before, told, rest, text = self.now(), len(heard), dict[str, int](), b"", []
+        status, body_parts, writer = await request(self.port, self.path, payload, {})
+        async for part in body_parts:
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event.get("choices") and (piece := text_of(event)):
+                    heard.append(self.now())
+                    text.append(piece)
+                told = event.get("usage") or told
+        took, at = self.now() - since, heard[before:]
+        writer.close()
+        seen = {"first_s": at[0] - since if at else took, "took_s": took, "at_s": at, "text": "".join(text)}
+        seen |= {"tokens": told.get("completion_tokens") or len(at), "read": told.get("prompt_tokens")}
+        return seen if status == 200 and at else seen | {"error": f"{status} {rest[:200]!r}"}
+
+    async def client(self, number: int) -> list[dict[str, Any]]:
+        """All requests of one client."""
+        seen: list[dict[str, Any]] = []
+        for body in self.clients[number]:
+            try:
+                seen.append({"client": number} | await self.one(number, body))
+            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+                nothing = {"first_s": 0.0, "took_s": 0.0, "at_s": [], "text": "", "tokens": 0, "read": None}
+                seen.append({"client": number} | nothing | {"error": f"{type(error).__name__}: {error}"})
+        return seen
+
+    async def changing(self, seen: list[dict[str, Any]]) -> None:
+        """The changes, each when its time has come."""
+        for change in self.changes:
+            while min(len(heard) for heard in self.heard) < change["after"]:
+                await asyncio.sleep(0.005)
+            began = self.now()
+            body = json.dumps(change["body"]).encode()
+            status, body_parts, writer = await request(self.port, change["path"], body, change["headers"])
+            said = b"".join([part async for part in body_parts])
+            writer.close()
+            told = {"path": change["path"], "status": status, "began_s": began, "ended_s": self.now()}
+            seen.append(told if status == 200 else told | {"error": said[:200].decode(errors="replace")})
+
+    async def run(self) -> dict[str, Any]:
+        """The whole job."""
+        changes: list[dict[str, Any]] = []
+        changing = asyncio.create_task(self.changing(changes))
+        seen = await asyncio.gather(*(self.client(number) for number in range(len(self.clients))))
+        took = self.now()
+        if len(changes) < len(self.changes):  # it came too late, or still waits for an answer
+            await asyncio.wait([changing], timeout=5.0)
+            changing.cancel()
+        return {"wall_s": took, "requests": [one for own in seen for one in own], "changes": changes}
 
 
-async def client(job: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """All requests of one client."""
-    seen = []
-    for body in job["clients"][number]:
-        try:
-            seen.append({"client": number} | await one(job["port"], job["path"], body))
-        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-            wrong = f"{type(error).__name__}: {error}"
-            seen.append({"client": number, "first_s": 0.0, "took_s": 0.0, "tokens": 0, "text": "", "error": wrong})
-    return seen
-
-
-async def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The whole job."""
-    since = time.perf_counter()
-    seen = await asyncio.gather(*(client(job, number) for number in range(len(job["clients"]))))
-    return {"wall_s": time.perf_counter() - since, "requests": [one for own in seen for one in own]}
+async def main() -> None:
+    """Read, run, write."""
+    sys.stdout.write(json.dumps(await Job(json.load(sys.stdin)).run()))
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asyncio.run(run(json.load(sys.stdin)))))
+    asyncio.run(main())

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,25 @@ from stack import RANK, random_adapters, with_peft
 from toolkit.bases.load import LoadedBase
 
 N_ADAPTERS = 8
+LATE = "late"  # a run that lies in the folder and is not loaded when the server starts
+OURS = {"base": "auto", "adapters": "auto", "modules": "modules", "modules-adapters": "modules"}  # by --forward
+LLAMA = ("llama", "llama-adapters")
+CONTESTANTS = (*OURS, "transformers", "peft-names", *LLAMA)
 
 
 @dataclass
 class World:
-    """One base, with its runs. ends: ids that would end an answer; nobody may say them, so that all write alike."""
+    """One base, with its runs. ends: ids that would end an answer; nobody may say them, so that all write alike.
+
+    admin: what opens the admin routes of our servers, as headers.
+    """
 
     name: str
     base: LoadedBase
     folder: Path
     names: list[str]
     ends: list[int] = field(default_factory=list)
+    admin: dict[str, str] = field(default_factory=dict)
 
     @property
     def endless(self) -> Path:
@@ -44,13 +52,17 @@ class World:
 
 
 def make_world(name: str, folder: Path) -> World:
-    """A base and N_ADAPTERS runs on it: LoRA of rank RANK on all linear layers, with random numbers."""
+    """A base and N_ADAPTERS runs on it, and LATE: LoRA of rank RANK on all linear layers, with random numbers."""
     base = open_base(name, folder)
     world = World(name, base, folder / f"{name}-world", [f"a{number}" for number in range(N_ADAPTERS)])
     special = base.tokenizer.all_special_ids
     world.ends = sorted({*special, *base.tokenizer(base.tokenizer.eos_token or "")["input_ids"]})
-    for run, adapter in zip(world.names, random_adapters(base.model, N_ADAPTERS), strict=True):
+    runs = [*world.names, LATE]
+    for run, adapter in zip(runs, random_adapters(base.model, len(runs)), strict=True):
         write_run(world.folder / "runs" / run, base, adapter)
+    words = [sys.executable, "-m", "serve", "key", "new", "--name", "bench", "--file", str(world.folder / "admin")]
+    key = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    world.admin = {"Authorization": f"Bearer {key}"}
     return world
 
 
@@ -73,9 +85,16 @@ def prompts(world: World, count: int, n_tokens: int, seed: int) -> list[str]:
 
 
 class Rival:
-    """A contestant: `body` is what is sent for a prompt to the n-th of several adapters."""
+    """A contestant: `body` is what is sent for a prompt to the n-th of several adapters. n_opening: tokens that the
+    server itself puts before a text.
+    """
 
     path = "/v1/completions"
+
+    @property
+    def n_opening(self) -> int:
+        """Ours begins a text as the base's texts began."""
+        return int(self.world.base.tokenizer.bos_token_id is not None)
 
     def __init__(self, world: World, process: Process, model: str | None = None) -> None:
         self.world, self.process, self._model = world, process, model
@@ -99,6 +118,8 @@ class Rival:
 class Transformers(Rival):
     """`transformers serve --continuous-batching`, which knows no logit_bias and no stop."""
 
+    n_opening = 0
+
     def body(self, prompt: str, number: int, n_tokens: int) -> dict[str, Any]:
         """See Rival."""
         return asked(str(self.world.endless), prompt, n_tokens)
@@ -108,6 +129,7 @@ class LlamaCpp(Rival):
     """llama.cpp's server. A request that names no adapter gets all of them, so each names its own."""
 
     has_adapters = False
+    n_opening = 0
 
     def body(self, prompt: str, number: int, n_tokens: int) -> dict[str, Any]:
         """See Rival."""
@@ -129,40 +151,45 @@ def asked(model: str, prompt: str, n_tokens: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def rivals(world: World, llama: Sequence[str] = (), *, with_modules: bool = False) -> Iterator[dict[str, Rival]]:
-    """All servers on one base, started. llama: the binary of llama.cpp's server and a folder with NAME.gguf and
-    NAME-a0.gguf …, or nothing. with_modules: ours once more, with --forward modules.
+def rivals(world: World, who: Collection[str], llama: Sequence[str] = ()) -> Iterator[dict[str, Rival]]:
+    """The servers of those who take part, started, in the order of CONTESTANTS. llama: the binary of llama.cpp's server
+    and a folder with NAME.gguf and NAME-a0.gguf …
     """
     with contextlib.ExitStack() as stack:
+        made: dict[str, Rival] = {}
 
         def start(name: str, words: list[str], port: int, ready: str) -> Process:
             return stack.enter_context(running(words, port, world.folder / f"{name}.log", ready))
 
-        made: dict[str, Rival] = {}
-        more = ("--slots", "32", "--queue", "512", "--store", "none")
-        for forward in ("auto", "modules") if with_modules else ("auto",):
+        more = ("--slots", "32", "--queue", "512", "--store", "none", "--admin-key-file", str(world.folder / "admin"))
+        for forward in dict.fromkeys(OURS[name] for name in OURS if name in who):
             port = free_port()
             words = maltu(world.folder / "runs", world.names, port, *more, "--forward", forward)
             own = start(f"ours-{forward}", words, port, "/readyz")
-            base, adapters = ("base", "adapters") if forward == "auto" else ("modules", "modules-adapters")
-            made |= {base: Rival(world, own, "base"), adapters: Rival(world, own)}
-        port = free_port()
-        words = [str(Path(sys.executable).with_name("transformers")), "serve", str(world.endless)]
-        words += ["--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
-        made["transformers"] = Transformers(world, start("transformers", words, port, "/health"))
-        if llama:
-            binary, gguf = llama[0], Path(llama[1])
-            whole = [binary, "-m", str(gguf / f"{world.name}.gguf"), "-np", "32", "-c", "8192", "-t", "2"]
-            loras = [word for name in world.names for word in ("--lora", str(gguf / f"{world.name}-{name}.gguf"))]
-            for name, kind, also in (("llama", LlamaCpp, []), ("llama-adapters", LlamaCppAdapters, loras)):
-                port = free_port()
-                made[name] = kind(world, start(name, [*whole, *also, "--port", str(port)], port, "/health"))
+            for name in (name for name in OURS if name in who and OURS[name] == forward):
+                made[name] = Rival(world, own, None if name.endswith("adapters") else "base")
+        if "transformers" in who:
+            port = free_port()
+            words = [str(Path(sys.executable).with_name("transformers")), "serve", str(world.endless)]
+            words += ["--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+            made["transformers"] = Transformers(world, start("transformers", words, port, "/health"))
+        for name in (name for name in LLAMA if name in who):
+            port, (binary, folder) = free_port(), llama
+            words = [binary, "-m", str(Path(folder) / f"{world.name}.gguf"), "-np", "32", "-c", "8192", "-t", "2"]
+            if name == "llama-adapters":
+                loras = [str(Path(folder) / f"{world.name}-{run}.gguf") for run in world.names]
+                words += [word for path in loras for word in ("--lora", path)]
+            kind = LlamaCppAdapters if name == "llama-adapters" else LlamaCpp
+            made[name] = kind(world, start(name, [*words, "--port", str(port)], port, "/health"))
         yield made
 
 
 @contextlib.contextmanager
-def peft_names(world: World) -> Iterator[subprocess.Popen[str]]:
+def peft_names(world: World, who: Collection[str]) -> Iterator[subprocess.Popen[str] | None]:
     """PEFT's adapter_names in a plain loop, in a process that takes jobs line by line; see `serve_peft`."""
+    if "peft-names" not in who:
+        yield None
+        return
     words = [sys.executable, str(Path(__file__)), world.name, str(world.folder.parent)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, cwd=ROOT, **pipes)

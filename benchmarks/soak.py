@@ -4,11 +4,15 @@ python benchmarks/soak.py [--minutes 10] [--clients 64]     (`make soak` is this
 
 A server of its own with 8 runs whose answers are one marker each, said over and over, two LoRA runs and a prefix run
 whose greedy answers were noted before the load began; 64 clients chat, stream, hang up in the middle of a stream, send
-what is wrong, mix and vote, and one reloads, unloads and loads runs through the admin's routes. Ends with 1 where
+what is wrong, mix and vote, and one reloads, unloads and loads runs through the admin's routes. One of the runs has
+another marker each time it is reloaded. Ends with 1 where
 
-- an answer holds another adapter's words, or a greedy one differs from what was noted;
-- a status is 5xx, but a 503 that says when to come again;
-- a request that was not hung up has no answer, an id answers twice, or header and body disagree on it;
+- an answer holds another adapter's words, or a greedy one differs from what was noted; an answer of the run that
+  changes holds two markers, or one that began after a reload the old one;
+- a status is 5xx, but a 503 that says when to come again, or a wrong request's is not the expected 4xx;
+- a request that was not hung up has no answer, an id answers twice, header and body disagree on it, or the log does not
+  tell of it once;
+- anything of all that never happened;
 - the server's memory of the last two minutes is above 1.05 of that of minutes 3 and 4 (runs of 6 minutes and more).
 """
 
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ PROMPTS = (LUNCH, "비 온다", "시험 망했어", "what's for lunch", "i'm so 
 GREEDY = ("lora0", "lora1", "prefix0", "base")
 Sizes = list[tuple[float, float]]  # seconds since the beginning, MB
 COMING = "mark7"  # comes and goes
+TURNING, TURNS = "turning", MARKERS[:2]  # changes its marker when it is reloaded
 GROWTH = 1.05
 WRONG: tuple[tuple[bytes, int], ...] = (
     (b"{", 400),
@@ -52,15 +57,18 @@ WRONG: tuple[tuple[bytes, int], ...] = (
 
 class Soak:
     """What the clients share. wrong: everything that may not happen, in words. noted: greedy answers by model and
-    prompt, as they are without any load.
+    prompt, as they are without any load. turned: the marker of the run that changes, None while it does; n_turns: how
+    often it began to.
     """
 
-    def __init__(self, client: httpx.AsyncClient, admin: dict[str, str], until: float) -> None:
-        self.client, self.admin, self.until = client, admin, until
+    def __init__(self, client: httpx.AsyncClient, admin: dict[str, str], runs: Path) -> None:
+        self.client, self.admin, self.runs, self.until = client, admin, runs, 0.0
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.ids: Counter[str] = Counter()
         self.noted: dict[tuple[str, str], str] = {}
+        self.turned: str | None = TURNS[0]
+        self.n_turns = 0
 
     def check_id(self, response: httpx.Response, body_id: str | None) -> None:
         """An id answers once, and says the same in header and body."""
@@ -71,23 +79,23 @@ class Soak:
         if body_id is not None and not body_id.endswith(own):
             self.wrong.append(f"{own} in the header, {body_id} in the body")
 
-    def check_status(self, response: httpx.Response, what: str, expected: set[int]) -> bool:
-        """Whether it was answered as asked; busy answers are right where they say when to come again."""
+    def is_answered(self, response: httpx.Response, what: str, expected: Collection[int] = (200,)) -> bool:
+        """Whether there is an answer; busy ones are right where they say when to come again. What is none has its id
+        checked here.
+        """
         status = response.status_code
         self.counts[f"{what} {status}"] += 1
-        if status in (429, 503) and "retry-after" in response.headers:
-            self.check_id(response, None)
-            return False
-        if status not in expected:
+        is_busy = status in (429, 503) and "retry-after" in response.headers
+        if status not in expected and not is_busy:
             self.wrong.append(f"{what}: status {status}: {response.text[:300]}")
+        if status != 200:
+            self.check_id(response, None)
         return status == 200
 
-    async def ask(self, what: str, body: dict[str, Any], expected: frozenset[int] = frozenset({200})) -> str | None:
+    async def ask(self, what: str, body: dict[str, Any], expected: Collection[int] = (200,)) -> str | None:
         """The text of a whole answer; None where there is none."""
         response = await self.client.post("/v1/chat/completions", json=body)
-        if not self.check_status(response, what, set(expected)):
-            if response.status_code not in (429, 503):
-                self.check_id(response, None)
+        if not self.is_answered(response, what, expected):
             return None
         answer = response.json()
         self.check_id(response, answer["id"])
@@ -109,7 +117,7 @@ async def marked(soak: Soak, dice: random.Random) -> None:
     number = dice.randrange(len(MARKERS))
     name = f"mark{number}"
     body = chat(name, dice.choice(PROMPTS), temperature=dice.choice((0.0, 0.7, 1.0)), max_tokens=dice.randrange(2, 40))
-    text = await soak.ask("marked", body, frozenset({200, 404} if name == COMING else {200}))
+    text = await soak.ask("marked", body, (200, 404) if name == COMING else (200,))
     if text is not None and not is_marked(text, MARKERS[number]):
         soak.wrong.append(f"{name} said {text[:80]!r}")
 
@@ -120,6 +128,17 @@ async def noted(soak: Soak, dice: random.Random) -> None:
     text = await soak.ask("noted", chat(model, prompt, temperature=0))
     if text is not None and text != soak.noted[model, prompt]:
         soak.wrong.append(f"{model} on {prompt!r} said {text[:80]!r}, and alone {soak.noted[model, prompt][:80]!r}")
+
+
+async def turning(soak: Soak, dice: random.Random) -> None:
+    """A chat with the run that changes: whole in one of its voices, in the new one if it began after the change."""
+    expected, n_turns = soak.turned, soak.n_turns
+    text = await soak.ask("turning", chat(TURNING, dice.choice(PROMPTS), max_tokens=dice.randrange(2, 40)))
+    if text is None:
+        return
+    may_be = [expected] if expected is not None and soak.n_turns == n_turns else TURNS
+    if not any(is_marked(text, marker) for marker in may_be if marker is not None):
+        soak.wrong.append(f"{TURNING} said {text[:80]!r}, not {' or '.join(map(str, may_be))} alone")
 
 
 async def together(soak: Soak, dice: random.Random) -> None:
@@ -146,7 +165,7 @@ async def streamed(soak: Soak, dice: random.Random) -> None:
         what = "cut off" if is_cut else "streamed"
         if response.status_code != 200:
             await response.aread()
-            soak.check_status(response, what, {200})
+            soak.is_answered(response, what)
             return
         soak.counts[f"{what} 200"] += 1
         text, last, own_id = "", "", None
@@ -165,7 +184,7 @@ async def streamed(soak: Soak, dice: random.Random) -> None:
             if is_cut and len(text) >= 3:
                 break
         soak.check_id(response, own_id)
-        if text and not is_marked(text, MARKERS[number]):
+        if not is_marked(text, MARKERS[number]):
             soak.wrong.append(f"mark{number} streamed {text[:80]!r}")
         if not is_cut and last != "[DONE]":
             soak.wrong.append(f"a stream ended with {last[:80]!r}")
@@ -176,13 +195,11 @@ async def bad(soak: Soak, dice: random.Random) -> None:
     body, expected = dice.choice(WRONG)
     headers = {"content-type": "application/json"}
     response = await soak.client.post("/v1/chat/completions", content=body, headers=headers)
-    soak.check_status(response, "wrong", {expected})
-    if response.status_code == 200:
-        soak.wrong.append(f"what is wrong was answered: {body[:80]!r}")
+    soak.is_answered(response, "wrong", (expected,))
 
 
 KINDS: tuple[tuple[Callable[[Soak, random.Random], Coroutine[Any, Any, None]], int], ...] = (
-    (marked, 5), (noted, 4), (streamed, 5), (together, 3), (bad, 2),
+    (marked, 5), (noted, 4), (streamed, 5), (turning, 2), (together, 3), (bad, 2),
 )  # fmt: skip
 
 
@@ -194,23 +211,33 @@ async def client(soak: Soak, number: int) -> None:
         (kind,) = dice.choices(kinds, weights)
         try:
             await kind(soak, dice)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ValueError, KeyError) as error:  # nothing, or nothing that can be read
             soak.wrong.append(f"{kind.__name__}: no answer ({type(error).__name__}: {error})")
         await asyncio.sleep(dice.random() * 0.05)
 
 
 async def changing(soak: Soak) -> None:
-    """Runs are reloaded while they answer, and one comes and goes."""
+    """Runs are reloaded while they answer, one as another, and one comes and goes."""
     steps = itertools.cycle(
-        [("reload", "mark0"), ("unload", COMING), ("reload", "lora0"), ("load", COMING), ("reload", "prefix0")]
-    )
+        [("reload", "mark0"), ("unload", COMING), ("reload", TURNING), ("reload", "lora0"), ("load", COMING),
+         ("reload", "prefix0")]
+    )  # fmt: skip
     is_away = False
     while time.monotonic() < soak.until or is_away:
         verb, run = next(steps)
+        coming = TURNS[(soak.n_turns + 1) % len(TURNS)]
+        if run == TURNING:
+            soak.turned, soak.n_turns = None, soak.n_turns + 1
+            old, new = soak.runs / TURNING / "adapters", soak.runs / f".{coming}" / "adapters"
+            old.rename(soak.runs / f".{TURNS[TURNS.index(coming) - 1]}" / "adapters")
+            new.rename(old)
         response = await soak.client.post(f"/admin/{verb}", json={"run": run}, headers=soak.admin)
-        soak.counts[f"{verb} {response.status_code}"] += 1
-        if response.status_code != 200:
+        if soak.is_answered(response, verb):
+            soak.check_id(response, None)
+        else:
             soak.wrong.append(f"{verb} {run}: {response.status_code} {response.text[:200]}")
+        if run == TURNING:
+            soak.turned = coming
         is_away = (verb, run) == ("unload", COMING) or (is_away and verb != "load")
         await asyncio.sleep(1.0)
 
@@ -224,13 +251,13 @@ async def watching(soak: Soak, pid: int, sizes: Sizes) -> None:
 
 
 async def soaked(
-    address: str, pid: int, admin: str, asked: argparse.Namespace
+    address: str, pid: int, admin: str, runs: Path, asked: argparse.Namespace
 ) -> tuple[Soak, list[tuple[float, float]]]:
     """The whole load, and what came of it."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=asked.clients)
     sizes: Sizes = []
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as http:
-        soak = Soak(http, {"authorization": f"Bearer {admin}"}, 0.0)
+        soak = Soak(http, {"authorization": f"Bearer {admin}"}, runs)
         for model, prompt in itertools.product(GREEDY, PROMPTS):
             soak.noted[model, prompt] = await soak.ask("before", chat(model, prompt, temperature=0)) or ""
         if len({soak.noted[model, LUNCH] for model in GREEDY}) < len(GREEDY):
@@ -238,10 +265,37 @@ async def soaked(
         soak.until = time.monotonic() + 60 * asked.minutes
         load = [client(soak, number) for number in range(asked.clients)]
         await asyncio.gather(*load, changing(soak), watching(soak, pid, sizes))
-        idle = (await http.get("/readyz")).json()
+        for _ in range(50):  # who hung up last is noticed within a step
+            idle = (await http.get("/readyz")).json()
+            if not idle["running"]:
+                break
+            await asyncio.sleep(0.1)
         if (idle["running"], idle["waiting"], idle["failures"], idle["status"]) != (0, 0, 0, "ready"):
             soak.wrong.append(f"afterwards /readyz says {idle}")
     return soak, sizes
+
+
+def untold(soak: Soak, log: str) -> list[str]:
+    """What the server's own log says of it all: errors, and requests that it does not tell of once."""
+    wrong, told = [], Counter[str]()
+    for line in log.splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if said.get("level") in ("error", "critical"):
+            wrong.append(f"an error in the log: {line[:300]}")
+        if said.get("message") == "request":
+            told[said.get("request_id", "")] += 1
+    odd = [own for own in soak.ids if told[own] != 1]
+    return wrong + [f"the log tells {told[own]} times of the request {own}" for own in odd]
+
+
+def missing(soak: Soak) -> list[str]:
+    """What should have happened and never did."""
+    kinds = ("marked", "noted", "streamed", "cut off", "turning", "mixture", "vote", "reload", "unload", "load")
+    wanted = [f"{kind} 200" for kind in kinds] + [f"wrong {status}" for status in {status for _, status in WRONG}]
+    return [f"never happened: {what}" for what in wanted if not soak.counts[what]]
 
 
 def grown(sizes: Sizes, minutes: float) -> tuple[float, str | None]:
@@ -268,6 +322,10 @@ def main() -> int:
         for number, marker in enumerate(MARKERS):
             write_run(folder / "runs" / f"mark{number}", base, marking_adapter(base, marker))
             names.append(f"mark{number}")
+        for marker, run in ((TURNS[0], TURNING), (TURNS[1], f".{TURNS[1]}")):
+            write_run(folder / "runs" / run, base, marking_adapter(base, marker))
+        (folder / "runs" / f".{TURNS[0]}").mkdir()
+        names.append(TURNING)
         for number, kind in enumerate(("lora", "lora", "prefix")):
             names.append(f"{kind}{number % 2}")
             write_run(folder / "runs" / names[-1], base, noise_adapter(base, kind, number))
@@ -276,13 +334,10 @@ def main() -> int:
         port = free_port()
         more = ("--admin-key-file", str(folder / "admin"), "--slots", "32", "--queue", "64", "--store", "none")
         with running(maltu(folder / "runs", names, port, *more), port, folder / "log.txt", "/readyz") as server:
-            soak, sizes = asyncio.run(soaked(server.address, server.process.pid, admin, asked))
+            soak, sizes = asyncio.run(soaked(server.address, server.process.pid, admin, folder / "runs", asked))
         if server.process.returncode != 0:
             soak.wrong.append(f"the server ended with {server.process.returncode}")
-        if '"level": "error"' in (log := server.log.read_text(encoding="utf-8", errors="replace")):
-            soak.wrong.append(
-                "errors in the log: " + next(line for line in log.splitlines() if '"error"' in line)[:300]
-            )
+        soak.wrong += untold(soak, server.log.read_text(encoding="utf-8", errors="replace")) + missing(soak)
     ratio, too_large = grown(sizes, asked.minutes)
     soak.wrong += [too_large] if too_large else []
     for what, count in sorted(soak.counts.items()):
