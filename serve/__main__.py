@@ -76,13 +76,19 @@ def _open_engine(settings: Settings, runs: Sequence["Run"]) -> "Engine":
     if has_bases(runs[0], runs[0].facts()):
         from serve.engines.bases import BasesEngine
         from serve.engines.bases_panel import open_panel
+        from toolkit.errors import BaseError
 
+        if settings.is_int8:
+            raise BaseError(f"--cpu-int8: the members of {runs[0].name} stand on bases of their own. Leave it out.")
         return BasesEngine(open_panel(runs[0], settings.device), settings.queue)
+    import torch
+
     from serve.engines.models import open_models
     from serve.engines.rows import RowsEngine
 
-    models = open_models(runs, settings.device)
-    return RowsEngine(models, settings.slots, settings.queue, forward=settings.forward)
+    adapters_in = torch.float64 if settings.is_int8 else torch.float32
+    models = open_models(runs, settings.device, adapters_in)
+    return RowsEngine(models, settings.slots, settings.queue, forward=settings.forward, int8=settings.is_int8)
 
 
 def _open_store(settings: Settings) -> "Store | None":

@@ -229,7 +229,7 @@ def routing(served: Served) -> dict[str, Any] | None:
     return {"kind": served.combination, "weights": dict(served.members)}
 
 
-def model_entry(served: Served, state: str) -> dict[str, Any]:
+def model_entry(served: Served, state: str, *, is_int8: bool) -> dict[str, Any]:
     """One model of /v1/models."""
     kind = "run" if served.adapter is not None or served.combination is not None else "base"
     own = {
@@ -239,6 +239,7 @@ def model_entry(served: Served, state: str) -> dict[str, Any]:
         "base": served.base,
         "base_hash": served.base_hash,
         "weights_hash": served.weights_hash,
+        "cpu_int8": is_int8,
         "context": served.context,
         "defaults": dict(served.defaults),
         "routing": routing(served),

@@ -255,13 +255,15 @@ def _add_models(app: FastAPI, engine: Engine) -> None:
     async def models() -> dict[str, Any]:
         """The names that `model` accepts."""
         state = engine.load().state
-        return {"object": "list", "data": [model_entry(served, state) for served in engine.models().values()]}
+        entries = [model_entry(served, state, is_int8=engine.is_int8) for served in engine.models().values()]
+        return {"object": "list", "data": entries}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One of them, or what a mixture of them would be."""
         who, served = read_who(name, None, engine.models()), engine.models()
-        return model_entry(served[who.name] if isinstance(who, One) else engine.served(who), engine.load().state)
+        found = served[who.name] if isinstance(who, One) else engine.served(who)
+        return model_entry(found, engine.load().state, is_int8=engine.is_int8)
 
 
 def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

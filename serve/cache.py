@@ -67,6 +67,7 @@ class Frame:
 class _Ground:
     """What all layers share: their size, and the forward pass that is under way."""
 
+    dtype: torch.dtype | None = None
     n_rows: int = 0
     n_columns: int = 0
     frame: Frame | None = None
@@ -138,7 +139,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _room(self, like: Tensor) -> Tensor:
         shape = (self._ground.n_rows, like.shape[1], self._ground.n_columns, like.shape[3])
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return torch.zeros(shape, dtype=self._ground.dtype or like.dtype, device=like.device)
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(self._ground.n_rows, old.shape[1], self._ground.n_columns, old.shape[3])
@@ -147,10 +148,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache(Cache):
-    """See the head of this file. One thread, all of it under torch.inference_mode or none of it."""
+    """See the head of this file. One thread, all of it under torch.inference_mode or none of it.
 
-    def __init__(self, n_layers: int, device: torch.device) -> None:
-        self._ground = _Ground()
+    dtype: of what is held; None: of what is written first.
+    """
+
+    def __init__(self, n_layers: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self._ground = _Ground(dtype)
         self._slots: list[SlotLayer] = [SlotLayer(self._ground) for _ in range(n_layers)]
         super().__init__(layers=list(self._slots))
         self._device = device
@@ -273,5 +277,6 @@ class SlotCache(Cache):
 
 def _written(held: Tensor, new_RHTD: Tensor, frame: Frame) -> Tensor:
     n_heads, width = new_RHTD.shape[1], new_RHTD.shape[3]
-    held.view(-1, width).index_copy_(0, frame.places_X(n_heads), new_RHTD.reshape(-1, width))
+    new_XD = new_RHTD.reshape(-1, width).to(held.dtype)
+    held.view(-1, width).index_copy_(0, frame.places_X(n_heads), new_XD)
     return held[frame.rows, :, : frame.n_seen]

@@ -1,9 +1,16 @@
-"""Words that mean something in the `model` of a request, and so cannot be a run's name; serve/who.py reads requests."""
+"""What names mean: words of the `model` of a request that cannot be a run's name, and whose a name is. serve/who.py
+reads requests.
+"""
 
 BASE = "base"
 AUTO = "auto"
 MIX, VOTE = "mix", "vote"
 _SIGNS = ":/=,"
+
+
+def is_of(name: str, run: str | None) -> bool:
+    """Whether a name that answers is this run's: its own, or that of an expert of it."""
+    return run is not None and (name == run or name.startswith(f"{run}/"))
 
 
 def refuse_name(name: str) -> str | None:

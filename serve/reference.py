@@ -187,13 +187,13 @@ def _of_fields() -> Iterator[tuple[int, str, str]]:
 
 
 def _refusals_in(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str, str]]:
-    said = {
-        target.id: node.value
+    said = [
+        (target.id, node.lineno, node.value)
         for node in ast.walk(function)
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
-    }
+    ]
     for node in ast.walk(function):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal"):
             continue
@@ -202,8 +202,9 @@ def _refusals_in(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[t
         status, code, message = given.get("status"), given.get("code"), given.get("message")
         if not (isinstance(status, ast.Constant) and isinstance(code, ast.Constant)):
             continue  # handed on from elsewhere
-        if isinstance(message, ast.Name):
-            message = said.get(message.id, message)
+        if isinstance(message, ast.Name):  # what it was called last before
+            before = [(line, value) for name, line, value in said if name == message.id and line < node.lineno]
+            message = max(before, key=lambda one: one[0])[1] if before else message
         yield int(str(status.value)), str(code.value), _text(message)
 
 

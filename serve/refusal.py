@@ -3,9 +3,11 @@
 {"error": {"message": …, "type": …, "param": …, "code": …}}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
+MOST_NAMES = 50  # of models that are there
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -39,9 +41,21 @@ def unsupported(param: str, message: str) -> Refusal:
     return Refusal(400, message, "unsupported_parameter", param)
 
 
-def stopping(retry_after_s: int = 10) -> Refusal:
+def no_model(name: str, names: Iterable[str], param: str = "model") -> Refusal:
+    """Nobody answers to this name. names: those who do."""
+    says = f"The model {shown(name)} does not exist. The models here: {_listed(names)}."
+    return Refusal(404, says, "model_not_found", param)
+
+
+def no_router(names: Iterable[str]) -> Refusal:
+    """`auto` where nobody chooses. names: of those who answer."""
+    says = f"No run here has a router, so nothing chooses. The models here: {_listed(names)}."
+    return Refusal(400, says, "unsupported_parameter", "model")
+
+
+def stopping() -> Refusal:
     """The server is on its way out; another one may answer later."""
-    return Refusal(503, "The server is stopping. Try again later.", "stopping", headers=_retry(retry_after_s))
+    return Refusal(503, "The server is stopping. Try again later.", "stopping", headers=_retry(10))
 
 
 def queue_full(n_waiting: int, retry_after_s: int) -> Refusal:
@@ -53,6 +67,15 @@ def queue_full(n_waiting: int, retry_after_s: int) -> Refusal:
 def failed(request_id: str) -> Refusal:
     """Something broke inside; the id leads to the server's own log."""
     return Refusal(500, f"The server failed on this request. Its log says why under {request_id}.", "internal_error")
+
+
+def shown(word: str) -> str:
+    """A client's word as it may be repeated to it."""
+    return repr(word if len(word) <= 80 else word[:80] + "…")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(islice(names, MOST_NAMES))
 
 
 def _retry(seconds: int) -> dict[str, str]:

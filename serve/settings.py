@@ -17,7 +17,9 @@ _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 NO_STORE = "none"
 ROWS, VLLM = "rows", "vllm"
 AUTO = "auto"
-FORWARDS = (AUTO, "modules", "lean")  # as serve/engines/forward.py calls them, which loads torch
+MODULES = "modules"
+FORWARDS = (AUTO, MODULES, "lean")  # as serve/engines/forward.py calls them, which loads torch
+LEAN_BASES = "Llama, Mistral, Qwen2 and Qwen3 on a CPU in float32"
 OTLP, OTLP_TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 SDK_DISABLED = "OTEL_SDK_DISABLED"
@@ -31,8 +33,9 @@ class Settings:
     keys: the API keys, none when everybody who reaches it may ask; admin_keys: those of who may change what is served.
     rate: how often one owner may ask. answer_s: how long an answer may take. store: the URL of where feedback lies,
     None where it is off; keeps: whether conversations are stored too. vllm_url: the vLLM server that computes, None
-    where this process does; vllm_key: its API key. forward: how this process computes (serve/engines/slots.py).
-    traces: where spans go (OpenTelemetry, OTLP over HTTP), None for nowhere.
+    where this process does; vllm_key: its API key. forward: how this process computes (serve/engines/slots.py);
+    is_int8: with the base's weights in eight bits. traces: where spans go (OpenTelemetry, OTLP over HTTP), None for
+    nowhere.
     """
 
     runs: tuple[str, ...]
@@ -53,6 +56,7 @@ class Settings:
     vllm_url: str | None = None
     vllm_key: str | None = None
     forward: str = AUTO
+    is_int8: bool = False
     traces: str | None = None
 
     @property
@@ -109,9 +113,10 @@ def parser() -> argparse.ArgumentParser:
         "--forward",
         default=AUTO,
         metavar="NAME",
-        help="modules: transformers' own; lean: by hand, for Llama, Mistral, Qwen2 and Qwen3 on a CPU in float32; "
+        help=f"modules: transformers' own; lean: by hand, for {LEAN_BASES}; "
         "auto: lean where it fits and agrees with the modules (default)",
     )
+    add("--cpu-int8", action="store_true", help=f"answer with the base's weights in eight bits ({LEAN_BASES})")
     add("--vllm-url", metavar="URL", help=f"where that server is; its API key is read from {VLLM_KEY}")
     add(
         "--otel-endpoint",
@@ -164,6 +169,7 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
         vllm_url=given.vllm_url,
         vllm_key=(environment.get(VLLM_KEY) or None) if given.vllm_url else None,
         forward=given.forward,
+        is_int8=given.cpu_int8,
         traces=traces,
         **numbers,
     )
@@ -207,6 +213,18 @@ def _check_engine(given: argparse.Namespace, problems: list[Problem]) -> None:
         problems.append(Problem("--forward", f"{given.forward!r} is none. Take {', '.join(FORWARDS)}."))
     elif given.engine == VLLM and given.forward != AUTO:
         problems.append(Problem("--forward", "is the vLLM server's to choose. Leave it out."))
+    if given.cpu_int8:
+        _check_int8(given, problems)
+
+
+def _check_int8(given: argparse.Namespace, problems: list[Problem]) -> None:
+    """What can be told before a base is loaded; the rest is in serve/engines/fusing.py."""
+    if given.engine == VLLM:
+        problems.append(Problem("--cpu-int8", "is computed by this process, not by a vLLM server. Leave it out."))
+    elif given.device not in (AUTO, "cpu"):
+        problems.append(Problem("--cpu-int8", f"runs on a CPU, not on {given.device}. Leave one of them out."))
+    if given.forward == MODULES:
+        problems.append(Problem("--cpu-int8", "is computed by the lean forward pass. Leave out --forward modules."))
 
 
 def _default_store(runs: Path) -> str:

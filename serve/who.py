@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from serve.engines.contract import Auto, Mix, One, Vote, Who
 from serve.names import AUTO, MIX, VOTE
-from serve.refusal import Refusal
+from serve.refusal import Refusal, no_model, shown
 from serve.schemas import N_MEMBERS, Options
 from toolkit.combine.mix import Over
 
@@ -48,7 +48,7 @@ def _mix(pairs: Sequence[tuple[str, float]], names: Collection[str], over: Over,
     _check_members([name for name, _ in weights], param)
     for name, weight in weights:
         if not abs(weight) <= _MOST_WEIGHT:
-            raise _refuse(f"the weight of {_shown(name)} is no number up to {_MOST_WEIGHT:g}.", param)
+            raise _refuse(f"the weight of {shown(name)} is no number up to {_MOST_WEIGHT:g}.", param)
     return Mix(tuple(weights), over)
 
 
@@ -61,9 +61,9 @@ def _vote(words: Sequence[str], names: Collection[str], param: str) -> Vote:
 def _pair(part: str) -> tuple[str, float]:
     name, sign, weight = part.partition("=")
     if not sign:
-        raise _refuse(f"{_shown(part)} has no weight: write {_example(MIX)!r}.", "model")
+        raise _refuse(f"{shown(part)} has no weight: write {_example(MIX)!r}.", "model")
     if not _NUMBER.fullmatch(weight.strip()):
-        raise _refuse(f"{_shown(weight)} is no weight: write {_example(MIX)!r}.", "model")
+        raise _refuse(f"{shown(weight)} is no weight: write {_example(MIX)!r}.", "model")
     value = float(weight)
     return name.strip(), value if math.isfinite(value) else _MOST_WEIGHT * 2
 
@@ -73,12 +73,12 @@ def _check_members(found: Sequence[str], param: str) -> None:
         raise _refuse(f"{len(found)} names; at most {N_MEMBERS} answer together.", param)
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice is not None:
-        raise _refuse(f"{_shown(twice)} stands twice. Name it once.", param)
+        raise _refuse(f"{shown(twice)} stands twice. Name it once.", param)
 
 
 def _check_word(word: str, wanted: str) -> None:
     if word != wanted:
-        raise _refuse(f"maltu.{wanted} says who answers, so model has to say {wanted!r}, not {_shown(word)}.", "model")
+        raise _refuse(f"maltu.{wanted} says who answers, so model has to say {wanted!r}, not {shown(word)}.", "model")
 
 
 def _found(word: str, names: Collection[str], param: str) -> str:
@@ -89,9 +89,8 @@ def _found(word: str, names: Collection[str], param: str) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        raise _refuse(f"{_shown(word)} could be any of {', '.join(candidates)}. Name the run too.", param)
-    known = ", ".join(list(names)[:50])
-    raise Refusal(404, f"The model {_shown(word)} does not exist. The models here: {known}.", "model_not_found", param)
+        raise _refuse(f"{shown(word)} could be any of {', '.join(candidates)}. Name the run too.", param)
+    raise no_model(word, names, param)
 
 
 def label_of(who: Who) -> str:
@@ -107,7 +106,3 @@ def _example(kind: str) -> str:
 
 def _refuse(message: str, param: str) -> Refusal:
     return Refusal(400, message, "invalid_value", param)
-
-
-def _shown(word: str) -> str:
-    return repr(word if len(word) <= 80 else word[:80] + "…")

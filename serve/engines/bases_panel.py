@@ -15,7 +15,7 @@ from torch import nn
 from serve.engines.contract import Ask, Auto, Mix, Served, Vote, Who
 from serve.engines.models import adapter_hash, describe, share_weights
 from serve.engines.row import prompt_of
-from serve.refusal import Refusal, unsupported
+from serve.refusal import Refusal, no_model, no_router, unsupported
 from toolkit.adapters import anatomy
 from toolkit.adapters.opened import Opened, open_model
 from toolkit.bundle import RUN_FILE, Run
@@ -146,15 +146,14 @@ class Panel:
             )
             raise unsupported("model", says)
         if isinstance(who, Auto):
-            says = f"No run here has a router, so nothing chooses. The models here: {', '.join(self.models())}."
-            raise Refusal(400, says, "unsupported_parameter", "model")
+            raise no_router(self.models())
         if isinstance(who, Vote):
             return self._voting(who)
         if who.name in self.members:
             member = self.members[who.name]
             return Asked(member.served, (member,), (1.0,), MAJORITY)
         if who.name != self.served.name or self.spec is None:
-            raise self._nobody(who.name)
+            raise no_model(who.name, self.models())
         named = [(self.members[name], weight) for name, weight in self.served.members if weight]
         members, weights = tuple(member for member, _ in named), tuple(weight for _, weight in named)
         return Asked(self.served, members, weights, cast("How", self.spec.how))
@@ -186,18 +185,13 @@ class Panel:
             raise unsupported("model", f"{self.served.name} is a vote already: name its members.")
         for name in who.names:
             if name not in self.members:
-                raise self._nobody(name)
+                raise no_model(name, self.models())
         if len(set(who.names)) < len(who.names) or not who.names:
             raise Refusal(400, "Name every model once, and at least one.", "invalid_value", "model")
         members = tuple(self.members[name] for name in who.names)
         weights = (1.0 / len(members),) * len(members)
         served = _described(str(who), [one.served for one in members], weights, MAJORITY)
         return Asked(replace(served, task=self.served.task), members, weights, MAJORITY)  # the run's own wording
-
-    def _nobody(self, name: str) -> Refusal:
-        known = ", ".join(self.models())
-        says = f"The model {name[:80]!r} does not exist. The models here: {known}."
-        return Refusal(404, says, "model_not_found", "model")
 
 
 def open_panel(run: Run, device: str) -> Panel:

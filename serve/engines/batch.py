@@ -4,7 +4,7 @@ A pass that breaks is tried again request by request, so that what breaks it fai
 written is kept for the next that begins alike. Rows behind a gate have a pass of their own for each gate.
 """
 
-# R rows of a forward pass, K lanes of a voice, V vocabulary.
+# R rows of a forward pass, A of them asked about, K lanes of a voice, V vocabulary.
 
 import itertools
 import logging
@@ -128,20 +128,23 @@ class Batch:
         went = False
         for gate in dict.fromkeys(id(lane.model.gate) for lane, _ in seated):
             part = sorted((one for one in seated if id(one[0].model.gate) == gate), key=lambda one: _seat(one[0]).slot)
-            lanes, logits_RV = self._forward(part)
+            lanes, logits_AV = self._forward(part)
             went |= bool(lanes)
             self._count(lanes, {lane: len(ids) for lane, ids in part})
-            told = [lane for lane in lanes if not lane.voice.row.ticket.n_left and lane.voice.row not in self._ended]
-            self._say(told, lanes, logits_RV)
+            asked = [lane for lane in lanes if not lane.voice.row.ticket.n_left]
+            self._say([lane for lane in asked if lane.voice.row not in self._ended], asked, logits_AV)
         return went
 
     def _forward(self, given: Sequence[tuple[Lane, Sequence[int]]]) -> tuple[list[Lane], Tensor]:
-        """The logits of each lane, in one pass; where that breaks, request by request, less those that break alone."""
+        """Who got their tokens, in one pass, and what follows for those whose prompt has been read by now; where it
+        breaks, request by request, less those that break alone.
+        """
         lanes = [lane for lane, _ in given]
         if not lanes or self.slots is None:
             return [], torch.empty(0)
         try:
-            return lanes, self.slots.forward([_seat(lane) for lane in lanes], [ids for _, ids in given])
+            asked = [lane.voice.row.ticket.n_left <= len(ids) for lane, ids in given]
+            return lanes, self.slots.forward([_seat(lane) for lane in lanes], [ids for _, ids in given], asked)
         except Exception as error:
             rows = list(dict.fromkeys(lane.voice.row for lane in lanes))
             if len(rows) == 1:
@@ -150,7 +153,7 @@ class Batch:
             _log.warning("a step of %d rows broke (%s): trying each alone", len(lanes), error)
             parts = [self._forward([one for one in given if one[0].voice.row is row]) for row in rows]
             whole = [part for part in parts if part[0]]
-            logits = [logits_RV for _, logits_RV in whole] or [torch.empty(0)]
+            logits = [logits_AV for _, logits_AV in whole] or [torch.empty(0)]
             return [lane for part, _ in whole for lane in part], torch.cat(logits)
 
     def _count(self, lanes: Sequence[Lane], n_given: dict[Lane, int]) -> None:
@@ -163,19 +166,19 @@ class Batch:
                 for lane in row.lanes:
                     self.slots.settle(_seat(lane))
 
-    def _say(self, told: Sequence[Lane], lanes: Sequence[Lane], logits_RV: Tensor) -> None:
-        """Choose a token for every voice of these lanes."""
+    def _say(self, told: Sequence[Lane], asked: Sequence[Lane], logits_AV: Tensor) -> None:
+        """Choose a token for every voice of these lanes, of those that were asked about."""
         if not told:
             return
         voices = list(dict.fromkeys(lane.voice for lane in told))
-        if len(voices) == len(lanes):
-            own_RV = logits_RV
+        if len(voices) == len(asked):
+            own_RV = logits_AV
         else:
-            place_of = {lane: place for place, lane in enumerate(lanes)}
+            place_of = {lane: place for place, lane in enumerate(asked)}
             rows, parts = [], []
             for voice in voices:
                 try:
-                    parts.append(voice.logits(logits_RV[[place_of[lane] for lane in voice.lanes]].float()))
+                    parts.append(voice.logits(logits_AV[[place_of[lane] for lane in voice.lanes]].float()))
                     rows.append(voice)
                 except MaltuError as error:  # a member's logits are no numbers
                     self._failed(voice.row, error)

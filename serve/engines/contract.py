@@ -186,6 +186,11 @@ class Engine(ABC):
         """What it computes with, in words for the lines at start; "" where there is nothing to say."""
         return ""
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether answers are computed with the base's weights in eight bits."""
+        return False
+
     @abstractmethod
     def models(self) -> Mapping[str, Served]:
         """Every name that answers, in the order it was given."""

@@ -4,10 +4,10 @@ that serve/engines/lean.py knows.
 Both are called inside `Stack.routed` and write into the slots' cache; they agree to 1e-5 (tests/same/test_lean.py).
 """
 
-# R rows of a forward pass, T new tokens (padded on the right), V vocabulary.
+# R rows of a forward pass, A of them asked about, T new tokens (padded on the right), V vocabulary.
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +25,13 @@ Masks = Tensor | Mapping[str, Tensor]  # for all layers, or by type of layer
 class Forward(Protocol):
     """See the head of this file."""
 
-    def __call__(self, ids_RT: Tensor, frame: Frame, masks: Masks, reader: Reader | None) -> Tensor:
-        """What follows the last real token of each row, [R, V].
+    def __call__(
+        self, ids_RT: Tensor, frame: Frame, masks: Masks, asked: Sequence[int], reader: Reader | None
+    ) -> Tensor:
+        """What follows the last real token of each row that is asked about, [A, V].
 
-        reader: of the gate that weighs adapters of these rows, inside its `with`.
+        asked: numbers of rows, in their order; a row whose prompt goes on is none. reader: of the gate that weighs
+        adapters of these rows, inside its `with`.
         """
 
 
@@ -39,14 +42,16 @@ class ModulesForward:
         self._base, self._cache = stack.base, cache
         self._keeps = "logits_to_keep" in inspect.signature(stack.base.forward).parameters
 
-    def __call__(self, ids_RT: Tensor, frame: Frame, masks: Masks, reader: Reader | None) -> Tensor:
+    def __call__(
+        self, ids_RT: Tensor, frame: Frame, masks: Masks, asked: Sequence[int], reader: Reader | None
+    ) -> Tensor:
         """See Forward; the reader reads by hooks of its own."""
         del reader
         n_tokens, device = ids_RT.shape[1], ids_RT.device
-        lasts = sorted({count - 1 for count in frame.counts})
+        lasts = sorted({frame.counts[row] - 1 for row in asked}) or [n_tokens - 1]
         keep: dict[str, Any] = {}
         if self._keeps:
-            keep["logits_to_keep"] = 1 if len(lasts) == 1 else torch.tensor(lasts, device=device)
+            keep["logits_to_keep"] = 1 if lasts == [n_tokens - 1] else torch.tensor(lasts, device=device)
         else:
             lasts = list(range(n_tokens))
         logits_RTV: Tensor = self._base(
@@ -57,7 +62,7 @@ class ModulesForward:
             use_cache=True,
             **keep,
         ).logits
-        if len(lasts) == 1:
+        if len(lasts) == 1 and len(asked) == len(frame.counts):
             return logits_RTV[:, 0]
-        places = torch.tensor([lasts.index(count - 1) for count in frame.counts], device=device)
-        return logits_RTV[torch.arange(len(frame.counts), device=device), places]
+        places = torch.tensor([lasts.index(frame.counts[row] - 1) for row in asked], dtype=torch.long, device=device)
+        return logits_RTV[torch.tensor(asked, dtype=torch.long, device=device), places]

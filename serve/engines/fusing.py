@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from serve.engines.int8 import FLAG, Int8, refuse_engine
 from toolkit.adapters import anatomy
 from toolkit.errors import BaseError
 
@@ -26,7 +27,8 @@ SILU = ("silu", "swish")
 class Joined:
     """Linear layers by name, their weights below each other: [O, I], of which each has so many rows as its width.
 
-    packed: the same weights once more, laid out for oneDNN; with it a row's numbers depend on no neighbour, to the bit.
+    packed: the same weights once more, laid out for oneDNN; int8: once more, in eight bits, which then answer. With
+    either a row's numbers depend on no neighbour, to the bit.
     """
 
     names: tuple[str, ...]
@@ -34,9 +36,13 @@ class Joined:
     weight: Tensor
     bias: Tensor | None
     packed: Tensor | None = None
+    int8: Int8 | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the layers give, beside each other."""
+        if self.int8 is not None:
+            rounded = self.int8(x)
+            return rounded if self.bias is None else rounded.add_(self.bias)
         if self.packed is None:
             return functional.linear(x, self.weight, self.bias)
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -49,6 +55,10 @@ class Joined:
     def pack(self) -> "Joined":
         """With the packed weights."""
         return replace(self, packed=torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS))
+
+    def round(self, *, has_7_bits: bool) -> "Joined":
+        """With the weights in eight bits (`Int8`)."""
+        return replace(self, int8=Int8(self.weight, has_7_bits=has_7_bits))
 
 
 def unlike(base: nn.Module) -> str | None:
@@ -77,6 +87,17 @@ def refuse_other(base: nn.Module) -> None:
     why = unlike(base)
     if why is not None:
         raise BaseError(f"The lean forward pass does not fit this base: {why}. Serve it with --forward modules.")
+
+
+def refuse_int8(base: nn.Module) -> None:
+    """Raise BaseError for a base that cannot run in eight bits here, and where this torch cannot multiply so."""
+    refuse_engine()
+    device = next(base.parameters()).device.type
+    if device != "cpu":
+        raise BaseError(f"{FLAG}: this base runs on {device}. Leave it out, or add --device cpu.")
+    why = unlike(base)
+    if why is not None:
+        raise BaseError(f"{FLAG} needs a base that the lean forward pass fits: {why}. Leave it out.")
 
 
 def can_pack() -> bool:

@@ -4,25 +4,36 @@ import asyncio
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from serve.refusal import Refusal
 from toolkit.grammar import Grammar, GrammarError, Vocabulary, bridge
 
 N_THREADS = 2
 N_WAITING = 16
-N_KEPT = 32
+N_KEPT = 32  # of one tokenizer
 COMPILE_S = 5.0  # LIMITS keep far below it; what takes longer all the same is refused
 _PARAM = "response_format"
 
 
+@dataclass
+class _Known:
+    """What was made for one tokenizer: its vocabulary, once it was asked for, and its last schemas."""
+
+    vocabulary: Vocabulary | GrammarError | None = None
+    kept: OrderedDict[str, Grammar | GrammarError] = field(default_factory=OrderedDict)
+
+
 class Grammars:
-    """One engine's. A schema that was refused is known as such, and costs nothing the next time."""
+    """One engine's. A schema that was refused is known as such, and costs nothing the next time. What was made for a
+    tokenizer goes with it: a run that is unloaded leaves nothing here.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(N_THREADS, thread_name_prefix="grammar")
-        self._kept: OrderedDict[tuple[int, str], Grammar | GrammarError] = OrderedDict()
-        self._vocabularies: dict[int, tuple[Any, Vocabulary | GrammarError]] = {}
+        self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
         self._lock = threading.Lock()  # guards what is above and the count
         self._bridging = threading.Lock()
         self._n_open = 0
@@ -35,11 +46,11 @@ class Grammars:
         """
         if schema is None:
             return None
-        key = id(tokenizer), schema
         with self._lock:
-            found = self._kept.get(key)
+            kept = self._of(tokenizer).kept
+            found = kept.get(schema)
             if found is not None:
-                self._kept.move_to_end(key)
+                kept.move_to_end(schema)
         if found is None:
             found = await self._made(tokenizer, schema)
         if isinstance(found, GrammarError):
@@ -79,23 +90,30 @@ class Grammars:
         except GrammarError as error:
             made = error
         with self._lock:
-            self._kept[id(tokenizer), schema] = made
-            while len(self._kept) > N_KEPT:
-                self._kept.popitem(last=False)
+            kept = self._of(tokenizer).kept
+            kept[schema] = made
+            while len(kept) > N_KEPT:
+                kept.popitem(last=False)
         return made
 
     def _vocabulary(self, tokenizer: Any) -> Vocabulary:
-        """Made once; the tokenizer is kept with it, so that no other one takes its id. Raises GrammarError."""
+        """Made once. Raises GrammarError."""
+        with self._lock:
+            known = self._of(tokenizer)
         with self._bridging:
-            if id(tokenizer) not in self._vocabularies:
+            if known.vocabulary is None:
                 try:
-                    self._vocabularies[id(tokenizer)] = tokenizer, bridge(tokenizer)
+                    known.vocabulary = bridge(tokenizer)
                 except GrammarError as error:
-                    self._vocabularies[id(tokenizer)] = tokenizer, error
-            found = self._vocabularies[id(tokenizer)][1]
+                    known.vocabulary = error
+            found = known.vocabulary
         if isinstance(found, GrammarError):
             raise found
         return found
+
+    def _of(self, tokenizer: Any) -> _Known:
+        """Under the lock."""
+        return self._known.setdefault(tokenizer, _Known())
 
 
 def unfollowed(error: GrammarError) -> Refusal:

@@ -30,9 +30,10 @@ from toolkit.corpus.render import Renderer
 from toolkit.disk import hash_file, hash_text
 from toolkit.errors import AloneError, RunError
 from toolkit.loaded import LoadedRun, load_run, rendering_of
-from toolkit.stack.stack import Stack
+from toolkit.stack.stack import Ready, Stack
 
 _log = logging.getLogger("maltu.serve.models")
+KEEP_MB = 512  # of adapters' weights in float32, gathered for batches that come again
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,59 @@ class Model:
         return int(anatomy.text_config(self.loaded.base.model).vocab_size)
 
 
-def open_models(runs: Sequence[Run], device: str) -> dict[str, Model]:
-    """Every run and, where its weights are its own, the bare base; the base's weights lie in memory once.
+def open_models(runs: Sequence[Run], device: str, adapters_in: torch.dtype = torch.float32) -> dict[str, Model]:
+    """Every run and, where its weights are its own, the bare base; the base's weights lie in memory once. adapters_in:
+    the type of the stack's weights and arithmetic.
 
     Raises: what load_run and Stack.add raise. Needs memory for two copies of the base while a run loads that stands on
     a model of its own.
     """
     if stands_alone(runs[0]):
         loaded = load_run(runs[0].path, device)
-        return {runs[0].name: _model(runs[0].name, loaded, _stack(loaded))}
+        return {runs[0].name: _model(runs[0].name, loaded, _stack(loaded, adapters_in))}
     base = load_run(runs[0].path, device, with_adapter=False)
-    stack = _stack(base)
+    stack = _stack(base, adapters_in)
     models = {BASE: _model(BASE, base, stack)}
     for run in runs:
-        models |= open_run_on(base, stack, run, device)
+        models |= open_parts(base, stack, read_run(base, stack, run), device)
     return models
 
 
-def open_run_on(
-    base: LoadedRun, stack: Stack | None, run: Run, device: str, *, may_be_alone: bool = True
+@dataclass(frozen=True)
+class Parts:
+    """A run as read from its folder for a base and a stack that are open already: nothing of them has changed yet.
+
+    adapters: each with its place in the run; None where no stack holds it. hashes: what tells their weights apart.
+    """
+
+    run: Run
+    beside: LoadedRun
+    spec: Spec | None
+    adapters: Mapping[str, Ready | None]
+    hashes: Mapping[str, str]
+    gate: Gate | None
+    router: Router | None
+    combined: str
+
+
+def read_run(base: LoadedRun, stack: Stack | None, run: Run) -> Parts:
+    """All of a run's files, which takes the time of several steps; another thread may be at work with base and stack.
+
+    Raises: what Stack.read raises; RunError, AdapterError for files of the run that are missing or damaged.
+    """
+    beside = _beside(base, run)
+    spec = spec_of(run, beside.facts)
+    adapters = {adapter: _ready(stack, _called(run, adapter), run.adapter(adapter)) for adapter in run.adapters()}
+    hashes = {adapter: adapter_hash(run.adapter(adapter)) for adapter in run.adapters()}
+    gate = Gate.load(run.path / GATE) if spec is not None and spec.kind == "gate" else None
+    router = Router.load(run.path / ROUTER, base.base.hash) if spec is not None and spec.kind == "route" else None
+    own = [hash_file(path) for folder in (ROUTER, GATE) for path in sorted((run.path / folder).glob("*"))]
+    combined = "" if spec is None else "\n".join([spec.how, *own])
+    return Parts(run, beside, spec, adapters, hashes, gate, router, combined)
+
+
+def open_parts(
+    base: LoadedRun, stack: Stack | None, parts: Parts, device: str, *, may_be_alone: bool = True
 ) -> dict[str, Model]:
     """The names of one more run, on a base that is open already; after an error the stack is as it was.
 
@@ -92,25 +127,25 @@ def open_run_on(
     what no stack holds gets a model of its own; else it is refused. Raises: what load_run, Stack.add and Gate.check
     raise; RunError for a combination with members on other bases.
     """
+    run, models = parts.run, dict[str, Model]()
     before = set(stack.slots) if stack is not None else set()
-    beside, models = _beside(base, run), dict[str, Model]()
     try:
-        spec = spec_of(run, beside.facts)
-        for adapter in run.adapters():
-            name = run.name if adapter == MAIN else f"{run.name}/{adapter}"
-            inside = name if stack is None else _free(stack, name)
-            if stack is not None and _join(stack, inside, run.adapter(adapter)):
-                models[name] = _model(name, beside, stack, inside, run.adapter(adapter))
+        for adapter, ready in parts.adapters.items():
+            name = _called(run, adapter)
+            if stack is not None and ready is not None:
+                inside = _free(stack, name)
+                stack.add(inside, ready)
+                models[name] = _model(name, parts.beside, stack, inside, parts.hashes[adapter])
             elif not may_be_alone:
                 raise RunError(
                     f"{name}: no stack holds it, and a model of its own is loaded only when a server starts."
                 )
             else:
                 lone = load_run(run.path, device, adapter)
-                models[name] = _model(name, lone, folder=run.adapter(adapter))
+                models[name] = _model(name, lone, weights_hash=parts.hashes[adapter])
                 share_weights(base.model, lone.model)
-        if spec is not None and run.name not in models:
-            models = {run.name: _combined(run, beside, stack, spec, models)} | models
+        if parts.spec is not None and run.name not in models:
+            models = {run.name: _combined(parts, parts.spec, stack, models)} | models
     except BaseException:
         if stack is not None:
             for name in set(stack.slots) - before:
@@ -134,9 +169,9 @@ def share_weights(owner: nn.Module, other: nn.Module) -> int:
     return n_shared
 
 
-def _stack(base: LoadedRun) -> Stack | None:
+def _stack(base: LoadedRun, dtype: torch.dtype) -> Stack | None:
     """A stack on this base, or None where its rows cannot share batches."""
-    stack = Stack(base.model, base_hash=base.base.hash)
+    stack = Stack(base.model, base_hash=base.base.hash, dtype=dtype, keep_mb=KEEP_MB * dtype.itemsize // 4)
     why = unfit(stack)
     if why is not None:
         _log.warning("%s answers one request at a time: %s", base.base.source, why)
@@ -149,18 +184,22 @@ def _free(stack: Stack, name: str) -> str:
     return next(one for n in itertools.count(1) if (one := name if n == 1 else f"{name} ({n})") not in stack.slots)
 
 
-def _join(stack: Stack, name: str, folder: Path) -> bool:
-    """Take an adapter into the stack; False where no stack can hold it. Raises AdapterError for a bad one."""
+def _called(run: Run, adapter: str) -> str:
+    return run.name if adapter == MAIN else f"{run.name}/{adapter}"
+
+
+def _ready(stack: Stack | None, name: str, folder: Path) -> Ready | None:
+    """An adapter as the stack takes it; None where no stack can hold it. Raises AdapterError for a bad one."""
     try:
-        stack.add(name, folder)
+        return None if stack is None else stack.read(name, folder)
     except AloneError as error:
         _log.warning("%s answers on a model of its own: %s", name, error)
-        return False
-    return True
+        return None
 
 
-def _combined(run: Run, beside: LoadedRun, stack: Stack | None, spec: Spec, models: Mapping[str, Model]) -> Model:
+def _combined(parts: Parts, spec: Spec, stack: Stack | None, models: Mapping[str, Model]) -> Model:
     """A run's adapters as one model. Raises: RunError where they do not all stand on this base, or share no batch."""
+    run, beside = parts.run, parts.beside
     lacking = [name for name in spec.members if f"{run.name}/{name}" not in models]
     if lacking:
         raise RunError(
@@ -174,11 +213,9 @@ def _combined(run: Run, beside: LoadedRun, stack: Stack | None, spec: Spec, mode
         raise RunError(
             f"{run.path}: {who} run on models of their own here, which share no batch. Serve them one by one."
         )
-    gate = _own_gate(run, stack, models) if spec.kind == "gate" and stack is not None else None
-    router = Router.load(run.path / ROUTER, beside.base.hash) if spec.kind == "route" else None
+    gate = None if parts.gate is None or stack is None else _own_gate(parts.gate, run, stack, models)
     weights = [spec.weights.get(name, 0.0) for name in spec.members]
-    hashes = [hash_file(path) for folder in (ROUTER, GATE) for path in sorted((run.path / folder).glob("*"))]
-    told = describe(run.name, spec.kind, [model.served for model in members], weights, "\n".join([spec.how, *hashes]))
+    told = describe(run.name, spec.kind, [model.served for model in members], weights, parts.combined)
     served = replace(
         told,
         members=told.members if spec.weights else (),
@@ -186,12 +223,11 @@ def _combined(run: Run, beside: LoadedRun, stack: Stack | None, spec: Spec, mode
         task=str(beside.facts.get("task", "chat")),
         created=int((run.path / RUN_FILE).stat().st_mtime),
     )
-    return Model(served, beside, stack, spec=spec, gate=gate, router=router)
+    return Model(served, beside, stack, spec=spec, gate=gate, router=parts.router)
 
 
-def _own_gate(run: Run, stack: Stack, models: Mapping[str, Model]) -> Gate:
+def _own_gate(gate: Gate, run: Run, stack: Stack, models: Mapping[str, Model]) -> Gate:
     """A run's gate, over its adapters as they are called in the stack."""
-    gate = Gate.load(run.path / GATE)
     inside = {name: models[f"{run.name}/{name}"].adapter or "" for name in (*gate.experts, *gate.hashes)}
     experts = tuple(inside[name] for name in gate.experts)
     named = replace(gate, experts=experts, hashes={inside[name]: known for name, known in gate.hashes.items()})
@@ -233,9 +269,9 @@ def _model(
     loaded: LoadedRun,
     stack: Stack | None = None,
     adapter: str | None = None,
-    folder: Path | None = None,
+    weights_hash: str = "",
 ) -> Model:
-    """folder: where its adapter's weights lie; None for a base and for a run whose every weight was trained."""
+    """weights_hash: of its adapter; none for a base and for a run whose every weight was trained."""
     run, is_base = loaded.run, name == BASE
     n_prefix = open_model(loaded.model).n_prefix
     if stack is not None and adapter is not None:
@@ -247,7 +283,7 @@ def _model(
         adapter=None if is_base else name,
         base=loaded.base.source if is_base or not stands_alone(run) else run.name,
         base_hash=loaded.base.hash,
-        weights_hash=loaded.base.hash if folder is None else adapter_hash(folder),
+        weights_hash=weights_hash or loaded.base.hash,
         context=loaded.base.context - n_prefix,
         task="chat" if is_base else str(loaded.facts.get("task", "chat")),
         defaults=loaded.sampling,

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from serve.engines.batch import Batch
-from serve.engines.changing import adapters_of, changed
+from serve.engines.changing import adapters_of, changed, read
 from serve.engines.contract import Ask, Engine, Load, Reply, Served, Who
 from serve.engines.forward import AUTO
 from serve.engines.grammars import Grammars, unfollowed
 from serve.engines.health import Health
+from serve.engines.int8 import FLAG
 from serve.engines.labelling import label, labeller, labels_of, wording
-from serve.engines.models import Model, share_weights
+from serve.engines.models import Model, Parts, share_weights
 from serve.engines.reuse import Reuse
 from serve.engines.routing import Routing
 from serve.engines.row import Event, Row, render
@@ -39,6 +40,7 @@ from serve.refusal import failed, queue_full, stopping
 from serve.scheduler import Limits, Scheduler, Step, Ticket
 from toolkit.adapters import anatomy
 from toolkit.bundle import Run
+from toolkit.errors import BaseError
 from toolkit.grammar import GrammarError
 from toolkit.writing import Answer
 
@@ -50,8 +52,8 @@ _T = TypeVar("_T")
 
 class RowsEngine(Engine):
     """See Engine. n_slots: rows that are written side by side; n_queue: requests that may wait for a slot; cache_mb:
-    memory for keys and values (one answer always fits), those kept for texts that begin alike counted. forward: as
-    Slots takes it.
+    memory for keys and values (one answer always fits), those kept for texts that begin alike counted. forward, int8:
+    as Slots takes them. Raises: BaseError where Slots does, and for int8 where a model runs on its own.
     """
 
     def __init__(
@@ -62,12 +64,15 @@ class RowsEngine(Engine):
         cache_mb: int = 2048,
         *,
         forward: str = AUTO,
+        int8: bool = False,
     ) -> None:
         self._models = dict(models)
         stacks = {id(model.stack): model.stack for model in models.values() if model.stack is not None}
         if len(stacks) > 1:
             raise ValueError("the models of one engine share one stack")
-        self._slots = next((Slots(stack, forward) for stack in stacks.values()), None)
+        if int8:
+            _refuse_lone(models)
+        self._slots = next((Slots(stack, forward, int8=int8) for stack in stacks.values()), None)
         for stack in stacks.values():  # slots may have laid the base's weights elsewhere
             for model in models.values():
                 if model.stack is None:
@@ -91,6 +96,11 @@ class RowsEngine(Engine):
     def computes(self) -> str:
         """See Engine.computes."""
         return "" if self._slots is None else self._slots.computes
+
+    @property
+    def is_int8(self) -> bool:
+        """See Engine.is_int8."""
+        return self._slots is not None and self._slots.is_int8
 
     def models(self) -> Mapping[str, Served]:
         """See Engine.models."""
@@ -131,7 +141,8 @@ class RowsEngine(Engine):
 
     async def change(self, add: Run | None, remove: str | None) -> None:
         """See Engine.change."""
-        await self._between_steps(lambda: self._change(add, remove))
+        parts = None if add is None else await asyncio.to_thread(read, self._models, add)
+        await self._between_steps(lambda: self._change(parts, remove))
 
     def load(self) -> Load:
         """See Engine.load."""
@@ -252,7 +263,7 @@ class RowsEngine(Engine):
             except Exception as error:  # whoever asked for it is told
                 done.set_exception(error)
 
-    def _change(self, add: Run | None, remove: str | None) -> None:
+    def _change(self, add: Parts | None, remove: str | None) -> None:
         found = changed(self._models, add, remove)
         with self._changed:
             self._models = found.models
@@ -330,9 +341,16 @@ def _limits(slots: Slots | None, n_slots: int, n_queue: int, n_cache: int) -> Li
     base = slots.stack.base
     weight: Tensor = anatomy.input_embeddings(base).weight  # type: ignore[assignment]
     n_layers = int(anatomy.text_config(base).num_hidden_layers)
-    n_bytes = 2 * n_layers * anatomy.key_value_width(base) * weight.element_size()
+    n_bytes = 2 * n_layers * anatomy.key_value_width(base) * slots.sums.itemsize
     limits = Limits(n_slots, n_queue, max(1, n_cache // n_bytes))
     return limits if weight.device.type == "cpu" else replace(limits, chunk=2048, small_chunk=512)
+
+
+def _refuse_lone(models: Mapping[str, Model]) -> None:
+    """Raise BaseError for models that no stack holds: they answer by modules, in float32."""
+    lone = [name for name, model in models.items() if model.stack is None]
+    if lone:
+        raise BaseError(f"{FLAG}: {', '.join(lone)} cannot share the base's batches here. Serve without it, or apart.")
 
 
 def _put_all(events: Sequence[tuple[Row, Event]]) -> None:

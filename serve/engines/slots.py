@@ -5,7 +5,7 @@ row's adapter, serve/cache.py keeps what the rows have read. What a base needs f
 `unfit`: first by name, then on a few tokens.
 """
 
-# R rows of a forward pass, T new tokens (padded on the right), V vocabulary.
+# R rows of a forward pass, A of them asked about, T new tokens (padded on the right), V vocabulary.
 
 import inspect
 import logging
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from serve.cache import Frame, SlotCache
 from serve.engines.forward import AUTO, LEAN, MODULES, Forward, Masks, ModulesForward
-from serve.engines.fusing import unlike
+from serve.engines.fusing import refuse_int8, unlike
+from serve.engines.int8 import FLAG
 from serve.engines.lean import LeanForward
 from serve.engines.reuse import Columns
 from toolkit.adapters import anatomy
 from toolkit.combine.gate import Gate, Reader
+from toolkit.errors import BaseError
 from toolkit.stack.stack import BASE, Stack
 
 _log = logging.getLogger("maltu.serve.slots")
@@ -50,27 +52,31 @@ class Slots:
     """See the head of this file. One thread; every call under torch.inference_mode.
 
     forward: modules, lean, or auto: lean where the base's family is known and a few tokens come out as its modules have
-    them. Raises BaseError where lean does not fit the base.
+    them. int8: lean with weights in eight bits, for a stack in float64; never modules. Raises BaseError where lean, or
+    int8, does not fit the base.
     Rows that have settled (the ones that write) lie side by side from slot 0 on, so that they are read in place.
     """
 
-    def __init__(self, stack: Stack, forward: str = AUTO) -> None:
-        self.stack = stack
-        self.forward_name = forward
-        if forward == AUTO:
+    def __init__(self, stack: Stack, forward: str = AUTO, *, int8: bool = False) -> None:
+        if int8:
+            _refuse_int8(stack, forward)
+        self.stack, self.is_int8 = stack, int8
+        self.forward_name = LEAN if int8 else forward
+        if self.forward_name == AUTO:
             self.forward_name = LEAN if unlike(stack.base) is None else MODULES
         config = anatomy.text_config(stack.base)
         weight: Any = anatomy.input_embeddings(stack.base).weight
         self._device, self._dtype = weight.device, weight.dtype
         self._window = anatomy.sliding_window(stack.base)
         self._is_mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
-        self.cache = SlotCache(config.num_hidden_layers, self._device)
+        self.sums = torch.float64 if int8 else self._dtype  # of attention
+        self.cache = SlotCache(config.num_hidden_layers, self._device, torch.float64 if int8 else None)
         self._forward: Forward = ModulesForward(stack, self.cache)
         if self.forward_name == LEAN:
-            self._forward = LeanForward(stack, self.cache)
+            self._forward = LeanForward(stack, self.cache, int8=int8)
         self._seats: dict[int, Seat] = {}
         self._n_settled = 0
-        if forward == AUTO and self.forward_name == LEAN and (off := largest_difference(self)) >= CLOSE:
+        if forward == AUTO and self.forward_name == LEAN and not int8 and (off := largest_difference(self)) >= CLOSE:
             _log.warning("its modules serve this base: the lean forward pass differs by %.2g of the logits", off)
             self.forward_name, self._forward = MODULES, ModulesForward(stack, self.cache)
 
@@ -82,7 +88,7 @@ class Slots:
     def computes(self) -> str:
         """The forward pass, in words."""
         how = "the lean forward pass" if self.forward_name == LEAN else "transformers' modules"
-        return f"{how}, {self._device}, {str(self._dtype).removeprefix('torch.')}"
+        return f"{how}, {self._device}, {'int8' if self.is_int8 else str(self._dtype).removeprefix('torch.')}"
 
     def open(self, adapter: str | None, gate: Gate | None = None) -> Seat:
         """A row of its own for a new answer by this adapter, or by those that a gate weighs."""
@@ -131,8 +137,11 @@ class Slots:
         self._seats, self._n_settled = {}, 0
         self.cache.reset()
 
-    def forward(self, seats: Sequence[Seat], ids: Sequence[Sequence[int]]) -> Tensor:
-        """Give each row its next tokens; what follows the last of them, [R, V]. After an exception nothing has changed.
+    def forward(
+        self, seats: Sequence[Seat], ids: Sequence[Sequence[int]], asked: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Give each row its next tokens; what follows the last of them, for the rows that are asked about (all, where
+        nothing is said), in their order, [A, V]. After an exception nothing has changed.
 
         Cheapest for seats in the order of their slots, with as many tokens each. All have the same gate, or all none.
         """
@@ -140,10 +149,11 @@ class Slots:
         n_tokens = max(counts)
         frame = self.cache.enter([seat.slot for seat in seats], counts)
         ids_RT = torch.tensor([[*row, *[0] * (n_tokens - len(row))] for row in ids], device=self._device)
+        rows = [row for row in range(len(seats)) if asked is None or asked[row]]
         with self._routed(seats, n_tokens) as reader:
-            logits_RV = self._forward(ids_RT, frame, self._masks(frame), reader)
+            logits_AV = self._forward(ids_RT, frame, self._masks(frame), rows, reader)
         self.cache.advance(frame)
-        return logits_RV
+        return logits_AV
 
     @contextmanager
     def _routed(self, seats: Sequence[Seat], n_tokens: int) -> Iterator[Reader | None]:
@@ -159,8 +169,8 @@ class Slots:
 
     def _masks(self, frame: Frame) -> Masks:
         if not self._is_mixed:
-            return frame.mask(self._dtype, self._window)
-        return {FULL: frame.mask(self._dtype), SLIDING: frame.mask(self._dtype, self._window)}
+            return frame.mask(self.sums, self._window)
+        return {FULL: frame.mask(self.sums), SLIDING: frame.mask(self.sums, self._window)}
 
     def _swap(self, one: int, other: int) -> None:
         if one == other:
@@ -171,6 +181,17 @@ class Slots:
             if seat is not None:
                 seat.slot = slot
                 self._seats[slot] = seat
+
+
+def _refuse_int8(stack: Stack, forward: str) -> None:
+    """Raises BaseError where eight bits do not fit; what is rounded is a forward pass that agrees with the modules."""
+    refuse_int8(stack.base)
+    if forward == MODULES:
+        raise BaseError(f"{FLAG} is computed by the lean forward pass. Leave out --forward {MODULES}, or {FLAG}.")
+    if stack.dtype != torch.float64:
+        raise ValueError("in eight bits the adapters of a stack are in float64")
+    if forward == AUTO and Slots(stack, AUTO).forward_name != LEAN:
+        raise BaseError(f"{FLAG}: the lean forward pass differs from the modules of this base. Leave it out.")
 
 
 def unfit(stack: Stack) -> str | None:

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 from serve.engines.contract import Auto, Mix, One, Served, Vote, Who
 from serve.engines.models import Model, describe
-from serve.refusal import Refusal
+from serve.refusal import Refusal, no_model, no_router
 from toolkit.combine.contract import shares
 from toolkit.combine.mix import Over, may_be_negative
 from toolkit.combine.speaker import PER_TOKEN, Spec
@@ -99,8 +99,7 @@ def _routed(models: Mapping[str, Model]) -> Team:
     """The run whose router picks."""
     routing = [model for model in models.values() if model.spec is not None and model.spec.kind == "route"]
     if not routing:
-        says = f"No run here has a router, so nothing chooses. The models here: {', '.join(list(models)[:50])}."
-        raise Refusal(400, says, "unsupported_parameter", "model")
+        raise no_router(models)
     if len(routing) > 1:
         says = f"Several runs have a router. Name one: {', '.join(model.served.name for model in routing)}."
         raise Refusal(400, says, "invalid_value", "model")
@@ -109,9 +108,7 @@ def _routed(models: Mapping[str, Model]) -> Team:
 
 def _found(models: Mapping[str, Model], name: str) -> Model:
     if name not in models:
-        known = ", ".join(list(models)[:50])
-        says = f"The model {name[:80]!r} does not exist. The models here: {known}."
-        raise Refusal(404, says, "model_not_found", "model")
+        raise no_model(name, models)
     return models[name]
 
 

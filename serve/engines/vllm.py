@@ -24,8 +24,8 @@ from serve.engines.row import prompt_of
 from serve.engines.vllm_http import Catalogue, VllmError, VllmHttp
 from serve.engines.vllm_reply import VllmReply, body_of
 from serve.engines.vllm_runs import Handed, refuse_idle, refuse_other_base, run_on
-from serve.names import BASE
-from serve.refusal import Refusal, failed, queue_full, stopping, unsupported
+from serve.names import BASE, is_of
+from serve.refusal import Refusal, failed, no_model, queue_full, stopping, unsupported
 from toolkit.bundle import Run
 from toolkit.errors import AdapterError, InputError, MaltuError, Problem, RunError
 
@@ -130,9 +130,7 @@ class VllmEngine(Engine):
             raise unsupported("model", says)
         models = self._models
         if who.name not in models:
-            known = ", ".join(list(models)[:50])
-            says = f"The model {who.name[:80]!r} does not exist. The models here: {known}."
-            raise Refusal(404, says, "model_not_found", "model")
+            raise no_model(who.name, models)
         return models[who.name]
 
     @contextlib.contextmanager
@@ -217,7 +215,7 @@ class VllmEngine(Engine):
         except (AdapterError, RunError) as error:
             raise Refusal(400, str(error), "run_unfit", "run") from None
         async with self._changing:
-            kept = {name: handed for name, handed in self._models.items() if not _is_of(name, remove)}
+            kept = {name: handed for name, handed in self._models.items() if not is_of(name, remove)}
             if twice := kept.keys() & own.keys():
                 says = f"{', '.join(sorted(twice))} is loaded already. Reload it instead."
                 raise Refusal(409, says, "loaded_already", "run")
@@ -346,7 +344,3 @@ def _described(base: Handed, run: Run) -> dict[str, Handed]:
 
 def _with_context(handed: Handed, context: int) -> Handed:
     return replace(handed, served=replace(handed.served, context=context)) if context else handed
-
-
-def _is_of(name: str, run: str | None) -> bool:
-    return run is not None and (name == run or name.startswith(f"{run}/"))

@@ -13,6 +13,7 @@ from serve.engines.forward import LEAN, MODULES
 from serve.engines.fusing import joined
 from serve.engines.slots import Seat, Slots
 from tests.gated_world import EXPERTS, some_gate
+from tests.served_world import watch
 from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows
 from toolkit.combine.gate import Gate
 from toolkit.combine.gate_start import arrow_gate
@@ -120,6 +121,38 @@ class TestEveryFamily:
         slots = Slots(worlds(family).stack([]))
         assert slots.forward_name == LEAN and slots.computes == "the lean forward pass, cpu, float32"
         assert len(slots) == 0 and slots.cache.n_bytes == 0
+
+
+@pytest.mark.parametrize("forward", [MODULES, LEAN])
+@pytest.mark.parametrize("counts", [(3, 5, 5, 2), (4, 4, 4, 4), (1, 1, 1, 1)], ids=str)
+def test_rows_that_are_not_asked_about_change_nothing(forward: str, counts: tuple[int, ...], worlds: Any) -> None:
+    """Who is asked about has the same logits, and all rows go on as if everybody had been asked about."""
+    slots, names = Slots(worlds("qwen2").stack(KINDS), forward), ("lora", None, "prefix", "reft")
+    pieces = [row[:count] for row, count in zip(some_rows(4, 9).tolist(), counts, strict=True)]
+    for asked in ([True, False, True, False], [True, False, False, False], [False] * 4):
+        found = []
+        for said in (None, asked):
+            with torch.inference_mode():
+                seats = [slots.open(name) for name in names]
+                made = slots.forward(seats, pieces, said)
+                found.append((made, slots.forward(seats, [[7]] * 4)))
+                slots.reset()
+        (every_RV, after_RV), (some_AV, again_RV) = found
+        assert some_AV.shape == (sum(asked), 96) and torch.equal(after_RV, again_RV)
+        assert off(some_AV, every_RV[asked]) < TOLERANCE if any(asked) else not some_AV.numel()
+
+
+def test_the_head_sees_the_last_tokens_of_those_who_are_asked_about(worlds: Any) -> None:
+    slots = Slots(worlds("llama").stack(KINDS), LEAN)
+    lean: Any = slots._forward
+    heads, downs = watch(lean, "_head"), watch(lean, "_attended")
+    lean._head.widths = lean._head.inner.widths
+    with torch.inference_mode():
+        seats = [slots.open(name) for name in ("lora", None, "reft")]
+        slots.forward(seats, [[5, 6, 7], [8, 9], [9]], [False, True, True])
+        slots.forward(seats, [[5, 6], [8, 9], [9]], [False] * 3)
+    assert [tuple(x.shape[:2]) for (x,) in heads] == [(2, 1)]
+    assert len(downs) == 3  # both layers, then the first alone
 
 
 @pytest.mark.parametrize("packed_mb", [0, 4096])

@@ -21,7 +21,7 @@ from toolkit.bundle import Run
 from toolkit.combine.speaker import Speaker, open_speaker
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.ensemble.subjects import Combined, Table
-from toolkit.errors import InputError
+from toolkit.errors import BaseError, InputError
 from toolkit.grammar import check_schema
 from toolkit.sampling import Sampling
 
@@ -232,6 +232,12 @@ def test_the_command_opens_it_and_says_what_lies_in_memory(place: Path) -> None:
     engine = _open_engine(settings, find_runs(settings.runs, settings.folder))
     assert isinstance(engine, BasesEngine) and "2 bases (" in engine.computes and "MB of weights" in engine.computes
     engine.close()
+
+
+def test_its_bases_are_not_served_in_eight_bits(place: Path) -> None:
+    settings = read_settings(["talks", "--runs", str(place / "runs"), "--cpu-int8"], {})
+    with pytest.raises(BaseError, match="--cpu-int8: the members of talks"):
+        _open_engine(settings, find_runs(settings.runs, settings.folder))
 
 
 def test_it_is_served_by_itself_and_beside_others_refused_by_name(place: Path) -> None:

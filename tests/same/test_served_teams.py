@@ -139,5 +139,5 @@ def test_a_mixture_reads_and_writes_in_the_same_passes_as_everybody_else(worlds:
         passes = watch(served._slots, "forward")
         mixture = ask(Mix((("lora", 1.0), ("reft", 1.0), ("base", 1.0))), prompts()[2], Sampling(max_tokens=20, seed=1))
         all_said(served, [mixture, *crowd()])
-        widths = [len(seats) for seats, ids in passes if max(map(len, ids)) == 1]
+        widths = [len(seats) for seats, ids, _ in passes if max(map(len, ids)) == 1]
     assert max(widths) == 3 + len(crowd())

@@ -91,6 +91,15 @@ def test_models_lists_base_and_runs(client: TestClient) -> None:
     assert client.get("/v1/models/none").json()["error"]["code"] == "model_not_found"
 
 
+def test_models_say_whether_their_base_is_in_eight_bits(
+    client: TestClient, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_int8 in (False, True):
+        monkeypatch.setattr(type(engine), "is_int8", is_int8)
+        entries = [*client.get("/v1/models").json()["data"], client.get("/v1/models/casual").json()]
+        assert {entry["maltu"]["cpu_int8"] for entry in entries} == {is_int8}
+
+
 def test_health_and_readiness(client: TestClient, engine: Any) -> None:
     assert client.get("/healthz").json() == {"status": "ok"} and client.get("/readyz").status_code == 200
     engine.drain(1.0)

@@ -2,12 +2,14 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve.engines import changing
 from serve.engines.contract import Ask, One
 from serve.engines.models import open_models
 from serve.engines.rows import RowsEngine
@@ -96,6 +98,27 @@ def test_a_reload_leaves_those_who_are_answered_at_the_version_they_began_with(
         assert text == before != after and engine.models()["voice"].weights_hash != old_hash
         assert await said(engine, "voice", 40) == after
         assert set(engine._slots.stack.slots) == {"casual", "voice (2)"}  # type: ignore[union-attr]
+
+    asyncio.run(run())
+
+
+def test_answers_go_on_while_a_run_is_read(engine: RowsEngine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    was_answered = threading.Event()
+    read_run = changing.read_run
+
+    def read(*given: Any) -> Any:
+        assert was_answered.wait(60)
+        return read_run(*given)
+
+    monkeypatch.setattr(changing, "read_run", read)
+
+    async def run() -> None:
+        loading = asyncio.create_task(engine.change(open_run(folder / "polite"), None))
+        assert await asyncio.wait_for(said(engine, "casual", 40), 50)
+        assert not loading.done() and "polite" not in engine.models()
+        was_answered.set()
+        await loading
+        assert await said(engine, "polite")
 
     asyncio.run(run())
 

@@ -36,7 +36,7 @@ def test_the_cost_of_turn_50_is_that_of_its_own_new_tokens(world: World, who: Wh
             answer = all_said(served, [ask(who, prompt, SHORT)])[0]
             costs.append(n_computed(served) - before)
             prompt = [*prompt, *answer.ids, 2, *some_rows(1, 5, seed=turn)[0].tolist()]
-        read = sum(len(row) for _, ids in passes for row in ids if len(row) > 1)
+        read = sum(len(row) for _, ids, _ in passes for row in ids if len(row) > 1)
     assert costs[0] == 40 * n_members
     assert max(costs[1:]) <= (1 + 1 + 5) * n_members  # the last token of the answer, its end, and what is new
     assert read <= sum(costs) < len(prompt) * (n_members + 1)
@@ -88,7 +88,7 @@ def test_an_answer_that_failed_leaves_nothing_behind(world: World) -> None:
     with engine(models_of(world.stack(("lora",)))) as served:
         prompt = some_rows(1, 30)[0].tolist()
         inner = served._slots.forward  # type: ignore[union-attr]
-        served._slots.forward = lambda seats, ids: inner(seats, ids) * float("nan")  # type: ignore[union-attr,method-assign]
+        served._slots.forward = lambda *given: inner(*given) * float("nan")  # type: ignore[union-attr,method-assign]
         with pytest.raises(Exception, match="failed on this request"):
             all_said(served, [ask("lora", prompt, SHORT)])
         assert served.load().n_failures == 1 and served._batch.reuse.n_bytes == 0

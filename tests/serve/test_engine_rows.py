@@ -15,6 +15,7 @@ from serve.engines.contract import Ask, One, Reply
 from serve.engines.models import Model
 from serve.engines.rows import RowsEngine
 from serve.refusal import Refusal
+from tests.served_world import watch
 from toolkit.corpus.talk import Turn
 from toolkit.generate import Sampling
 from toolkit.recipe.model import Embedding, Lora, Prefix, Reft
@@ -101,7 +102,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_full_mixed_batch(start: C
 
     wanted = asyncio.run(alone())
     engine, batches = start(n_slots=10), []
-    breaking(engine._slots, "forward", lambda seats, ids: batches.append(([seat.slot for seat in seats], ids)))
+    breaking(engine._slots, "forward", lambda seats, ids, _: batches.append(([seat.slot for seat in seats], ids)))
     assert asyncio.run(all_said(engine, asks)) == wanted
     writing = [slots for slots, ids in batches if len(slots) > 1 and max(map(len, ids)) == 1]
     assert len(writing) > 5 and all(slots == list(range(len(slots))) for slots in writing)
@@ -150,6 +151,15 @@ def test_a_long_prompt_does_not_stall_those_who_stream(start: Callable[..., Rows
     asyncio.run(run())
 
 
+def test_nothing_is_asked_of_a_prompt_that_goes_on(start: Callable[..., RowsEngine]) -> None:
+    engine = start()
+    passes = watch(engine._slots, "forward")
+    asyncio.run(said(engine, ask("lora", "아주 긴 이야기를 할게. " * 65)))
+    reading = [asked for _, ids, asked in passes if len(ids[0]) > 1]
+    assert len(reading) > 1 and reading == [[False]] * (len(reading) - 1) + [[True]]
+    assert all(asked == [True] for _, ids, asked in passes if len(ids[0]) == 1)
+
+
 def test_the_context_is_the_last_bound_of_an_answer(start: Callable[..., RowsEngine], models: Any) -> None:
     one = models["prefix"]
     tight = replace(one, served=replace(one.served, context=40), loaded=replace(one.loaded, ends=frozenset()))
@@ -187,7 +197,7 @@ def test_a_step_that_breaks_once_changes_no_answer(start: Callable[..., RowsEngi
     asks = mixed(12)
     wanted = asyncio.run(all_said(start(), asks))
     engine = start()
-    batches = breaking(engine._slots, "forward", lambda seats, ids: len(seats) > 1)
+    batches = breaking(engine._slots, "forward", lambda seats, *_: len(seats) > 1)
     assert asyncio.run(all_said(engine, asks)) == wanted
     assert batches.n_raised > 3 and engine.load().n_failures == 0
 
@@ -196,7 +206,7 @@ def test_what_breaks_a_step_fails_alone_with_its_id(start: Callable[..., RowsEng
     asks = mixed(12)
     wanted = asyncio.run(all_said(start(), asks))
     engine = start()
-    breaking(engine._slots, "forward", lambda seats, ids: any(seat.adapter == "reft" for seat in seats))
+    breaking(engine._slots, "forward", lambda seats, *_: any(seat.adapter == "reft" for seat in seats))
     done = asyncio.run(all_said(engine, [replace(one, id=f"the-id-{index}") for index, one in enumerate(asks)]))
     for index, (one, answer) in enumerate(zip(asks, done, strict=True)):
         if one.model == "reft":

@@ -137,9 +137,9 @@ def test_members_leave_together_when_nobody_listens(models: dict[str, Model], wh
             await said(served, ask("lora", PROMPT))
             passes = watch(served._slots, "forward")
             reply = await served.submit(ask(who, PROMPT, ENDLESS))
-            while not any(max(map(len, ids)) == 1 for _, ids in passes):
+            while not any(max(map(len, ids)) == 1 for _, ids, _ in passes):
                 await asyncio.sleep(0.001)
-            assert {len(seats) for seats, _ in passes} == {3} and len(served._slots or ()) == 3
+            assert {len(seats) for seats, *_ in passes} == {3} and len(served._slots or ()) == 3
             reply.cancel()
             _, answer = await listened(reply)
             assert answer.finish in ("cancelled", "stop") and len(served._slots or ()) == 0
@@ -152,10 +152,10 @@ def test_what_breaks_a_member_fails_its_request_and_nobody_else(models: dict[str
         wanted = all_said(served, [ask("lora", PROMPT), ask(Vote(("lora", "reft")), PROMPT)])
         inner = served._slots.forward  # type: ignore[union-attr]
 
-        def forward(seats: Any, ids: Any) -> Any:
+        def forward(seats: Any, *given: Any) -> Any:
             if any(seat.adapter == "prefix" for seat in seats):
                 raise ZeroDivisionError("inside")
-            return inner(seats, ids)
+            return inner(seats, *given)
 
         served._slots.forward = forward  # type: ignore[union-attr,method-assign]
 
@@ -200,7 +200,7 @@ def test_a_team_larger_than_the_slots_runs_by_itself(models: dict[str, Model]) -
     with engine(models, n_slots=1) as tight, engine(models) as wide:
         passes = watch(tight._slots, "forward")
         assert all_said(tight, asks) == all_said(wide, asks)
-        assert {tuple(seat.adapter for seat in seats) for seats, _ in passes} == {
+        assert {tuple(seat.adapter for seat in seats) for seats, *_ in passes} == {
             ("lora",), ("reft",), ("lora", "prefix", "reft"), ("lora", "reft"),
         }  # fmt: skip
 

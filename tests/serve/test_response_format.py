@@ -1,8 +1,11 @@
 """Answers of a given form over the whole server: whoever answers, however it is asked, and what goes wrong alone."""
 
 import asyncio
+import copy
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -256,6 +259,46 @@ def test_a_base_whose_tokenizer_spells_no_bytes_refuses_by_name(tmp_path: Any) -
         assert engine.load().n_waiting == 0
     finally:
         engine.close()
+
+
+def test_a_base_whose_tokenizer_names_no_end_refuses_with_what_to_do(bare: Any) -> None:
+    lone = bare.alone["casual"]
+    endless = copy.deepcopy(lone.loaded.base.tokenizer)
+    endless.eos_token = None
+    base = replace(lone.loaded.base, tokenizer=endless)
+    engine = RowsEngine({"casual": replace(lone, loaded=replace(lone.loaded, base=base))})
+    try:
+        with TestClient(create_app(engine, Bounds(400))) as client:
+            answer = client.post(CHAT, json=ASK | {"model": "casual", "max_tokens": 4})
+            error = answer.json()["error"]
+            plain = client.post(CHAT, json={"model": "casual", "messages": MESSAGES, "max_tokens": 4})
+        assert (answer.status_code, error["param"], error["code"]) == (400, "response_format", "invalid_value")
+        assert "eos_token" in error["message"] and plain.status_code == 200
+    finally:
+        engine.close()
+
+
+def test_what_was_made_for_a_tokenizer_goes_with_it(
+    grammars: Grammars, bare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    bridge = room.bridge
+
+    def bridged(tokenizer: Any) -> Any:
+        found = bridge(tokenizer)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(room, "bridge", bridged)
+    own = bare.loaded.base.tokenizer
+
+    async def run() -> None:
+        for tokenizer in (copy.deepcopy(own), own):  # the first as a run has it that stands alone
+            await grammars.grammar(tokenizer, '{"const":"가"}')
+
+    asyncio.run(run())
+    gc.collect()
+    assert [one() is None for one in made] == [True, False]
 
 
 def refused(grammars: Grammars, tokenizer: Any, schema: str) -> Refusal:

@@ -228,6 +228,8 @@ def test_one_prompt_is_a_list_of_one() -> None:
         ("best_of", 3, "best_of", "unsupported_parameter"),
         ("logprobs", True, "logprobs", "invalid_value"),
         ("messages", [], "messages", "unsupported_parameter"),
+        ("response_format", {"type": "json_object"}, "response_format", "unsupported_parameter"),
+        ("response_format", form({"const": 1}), "response_format", "unsupported_parameter"),
     ],
 )
 def test_a_completion_that_cannot_be_answered_is_named(field: str, value: Any, param: str, code: str) -> None:

@@ -116,6 +116,9 @@ def test_a_vllm_server_computes_where_told_and_its_key_is_its_own_variable() -> 
         (["--engine", "vllm", "--vllm-url", "http://gpu:8001", "--device", "cuda"], "--device"),
         (["--engine", "vllm", "--vllm-url", "http://gpu:8001", "--forward", "lean"], "--forward"),
         (["--forward", "fast"], "--forward"),
+        (["--cpu-int8", "--forward", "modules"], "--cpu-int8"),
+        (["--cpu-int8", "--device", "cuda:1"], "--cpu-int8"),
+        (["--cpu-int8", "--engine", "vllm", "--vllm-url", "http://gpu:8001"], "--cpu-int8"),
     ],
 )
 def test_engines_that_cannot_be_are_refused(words: list[str], where: str) -> None:
@@ -128,3 +131,4 @@ def test_how_this_process_computes_is_a_setting_whose_names_are_those_of_the_eng
     assert read_settings(["casual"], {}).forward == "auto"
     assert read_settings(["casual"], {"MALTU_FORWARD": "modules"}).forward == "modules"
     assert forward.FORWARDS == FORWARDS
+    assert not read_settings(["casual"], {}).is_int8 and read_settings(["casual"], {"MALTU_CPU_INT8": "1"}).is_int8

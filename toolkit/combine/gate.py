@@ -81,12 +81,14 @@ class Gate:
         return found if found in self.networks else None
 
     def probabilities(self, network: int | None, x_BTH: Tensor) -> Tensor:
-        """What the softmax over the experts gives for what was read, [B, T, K] in float32; None: the prior."""
+        """What the softmax over the experts gives for what was read, [B, T, K] in float32 or, where its
+        tensors are in it, float64; None: the prior.
+        """
         with torch.autocast(x_BTH.device.type, enabled=False):
             prior_K = self.tensors[PRIOR]
             if network is None:
                 return prior_K.softmax(-1).expand(*x_BTH.shape[:2], -1)
-            x_BTH = x_BTH.to(prior_K.device, torch.float32)
+            x_BTH = x_BTH.to(prior_K.device, torch.promote_types(prior_K.dtype, torch.float32))
             parts = [self.tensors[f"layers.{network}.{part}"] for part in PARTS[self.how]]
             if self.how == "arrow":
                 return (x_BTH @ parts[0].mT).abs().softmax(-1)
@@ -124,7 +126,7 @@ class Gate:
     def reader(self, stack: Stack) -> "Reader":
         """What reads a base at work, inside `with`; see Reader. Raises: what `check` does."""
         self.check(stack)
-        return Reader(self.at(anatomy.device_of(stack.base)), stack.base)
+        return Reader(self.at(anatomy.device_of(stack.base), stack.dtype), stack.base)
 
     @contextmanager
     def gates(self, stack: Stack) -> Iterator[Gates]:
@@ -136,9 +138,10 @@ class Gate:
         with self.reader(stack) as reader:
             yield reader.gates
 
-    def at(self, device: torch.device) -> "Gate":
-        """The same gate in float32 on a device; tensors that are there already are shared."""
-        tensors = {name: tensor.to(device, torch.float32) for name, tensor in self.tensors.items()}
+    def at(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Gate":
+        """The same gate on a device, in this type, float32 at least; tensors that are there already are shared."""
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = {name: tensor.to(device, wide) for name, tensor in self.tensors.items()}
         return Gate(**{**vars(self), "tensors": tensors})
 
     # Folders
@@ -162,7 +165,8 @@ class Gate:
             said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)
         except FileNotFoundError as absent:
-            raise RunError(f"{folder}: holds no gate ({Path(absent.filename or TENSORS).name} is missing).") from absent
+            lacks = Path(absent.filename or TENSORS).name
+            raise RunError(f"{folder}: holds no gate ({lacks} is missing). {AGAIN}") from absent
         except (OSError, ValueError, SafetensorError) as broken:
             raise RunError(f"{folder}: damaged ({broken}). {AGAIN}") from broken
         gate = _from_json(folder, said, tensors)

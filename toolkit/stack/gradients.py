@@ -1,4 +1,4 @@
-"""Gradients of adapters that learn side by side: how long each one's is, and clipping that knows no neighbours."""
+"""Gradients of adapters that learn side by side: clipping that knows no neighbours."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 from toolkit.stack.stack import Stack
-
-
-def gradient_norms(stack: Stack, names: Sequence[str]) -> Tensor:
-    """The length of each adapter's gradient over all its leaves, in the order of the names."""
-    return _norms([_gradients(stack, name) for name in names])
 
 
 def clip_gradients(stack: Stack, limits: Mapping[str, float]) -> Tensor:

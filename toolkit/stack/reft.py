@@ -30,8 +30,7 @@ class ReftShelf(Shelf):
     can_mix: ClassVar[bool] = True
 
     def __init__(self, model: Any, dtype: torch.dtype, room: Room) -> None:
-        super().__init__(model, torch.float32, room)  # the edit is computed in float32, whatever the base's type
-        del dtype
+        super().__init__(model, torch.promote_types(dtype, torch.float32), room)  # less is too little for the edit
         self._handles: dict[int, RemovableHandle] = {}
         self._raw: dict[int, int] = {}  # the rank of each place whose rotation is made orthonormal
         self._dropout: dict[int, float] = {}
@@ -120,7 +119,7 @@ class ReftShelf(Shelf):
         edited = hidden
         if now.plan is not None:
             a_GRH, bias_G1R, rotation_GRH = self._weights(number, now.plan)
-            hidden_GNH = as_read(in_groups(hidden, now.plan, f"decoder layer {number}"), torch.float32)
+            hidden_GNH = as_read(in_groups(hidden, now.plan, f"decoder layer {number}"), self.dtype)
             moved_GNR = torch.baddbmm(bias_G1R, hidden_GNH, a_GRH.mT)
             edit_GNH = torch.bmm(moved_GNR, rotation_GRH)
             share_B = None if now.draw_B is None else shares(now.plan, self._dropout, hidden.device)
@@ -128,10 +127,10 @@ class ReftShelf(Shelf):
                 edit_GNH = dropped(edit_GNH, now.plan, share_B, now.draw_B, SALT + number)
             edited = edited + edit_GNH.view(hidden.shape).to(hidden.dtype)
         if now.mix is not None:
-            weights_BTK = now.mix.weights(number).to(hidden.device, torch.float32)
+            weights_BTK = now.mix.weights(number).to(hidden.device, self.dtype)
             a_PRH, bias_PR, rotation_PRH = self._parts(number)
             rotation_KRH = now.mix.select(rotation_PRH)
-            u_BTKR = mixed_down(hidden.float(), now.mix.select(a_PRH), weights_BTK, now.mix.select(bias_PR))
+            u_BTKR = mixed_down(hidden.to(self.dtype), now.mix.select(a_PRH), weights_BTK, now.mix.select(bias_PR))
             edit_BTH = (u_BTKR.flatten(0, 1).flatten(1) @ rotation_KRH.flatten(0, 1)).view(hidden.shape)
             edited = edited + edit_BTH.to(hidden.dtype)
         return edited
@@ -161,6 +160,6 @@ class ReftShelf(Shelf):
             places = tuple(place for place, own in self._raw.items() if own == rank and place in sized)
             index = self._index(places, rotation_PRH.device)
             made = orthonormal(self.tables[f"{key}rotation"].dense.index_select(0, index)[:, :rank])
-            padded = nn.functional.pad(made, (0, 0, 0, rotation_PRH.shape[1] - rank))
+            padded = nn.functional.pad(made, (0, 0, 0, rotation_PRH.shape[1] - rank)).to(self.dtype)
             rotation_PRH = rotation_PRH.index_copy(0, index, padded)
         return weight_PRH - rotation_PRH, self.tables[f"{key}bias"].dense, rotation_PRH

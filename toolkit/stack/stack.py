@@ -54,6 +54,14 @@ class Gates:
     weights: Tensor | Callable[[int | None], Tensor]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """An adapter that a stack has read and checked; see Stack.read."""
+
+    adapter: Adapter
+    hash: str = ""
+
+
 class Stack:
     """See the head of this file.
 
@@ -76,7 +84,7 @@ class Stack:
             raise AdapterError("This model already has an adapter. Detach it, or load the base again.")
         anatomy.pin_quantised_numbers(base)
         freeze(base)
-        self.base, self.base_hash, self.rows_apart = base, base_hash, rows_apart
+        self.base, self.base_hash, self.rows_apart, self.dtype = base, base_hash, rows_apart, dtype
         self._room = Room(keep_mb * 2**20)
         self.prefixes = PrefixShelf(base, dtype, self._room)
         self.loras = LoraShelf(base, dtype, self._room)
@@ -98,7 +106,14 @@ class Stack:
         """Every adapter's name and the number that names it in `owner`."""
         return MappingProxyType(self._slots)
 
-    def add(self, name: str, adapter: Adapter | Path, *, learns: bool = False) -> int:
+    def read(self, name: str, folder: Path) -> Ready:
+        """The adapter in a folder, read, checked and hashed: most of the time that `add` takes. The stack is as it was,
+        and another thread may be at work with it. Raises: AdapterError where the adapter does not fit the base.
+        """
+        found = self._checked(name, folder)
+        return Ready(found, found.hash)
+
+    def add(self, name: str, adapter: Adapter | Path | Ready, *, learns: bool = False) -> int:
         """Take an adapter in and return its slot, which is its own until it is removed. The others are not touched.
 
         Raises: AdapterError when the name is taken, or the adapter does not fit the base; then nothing has changed.
@@ -109,7 +124,8 @@ class Stack:
             )
         taken = set(self._slots.values())
         slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-        self._put(name, slot, self._checked(name, adapter), learns)
+        ready = adapter if isinstance(adapter, Ready) else Ready(self._checked(name, adapter))
+        self._put(name, slot, ready, learns)
         return slot
 
     def replace(self, name: str, adapter: Adapter | Path, *, learns: bool = False) -> int:
@@ -117,7 +133,7 @@ class Stack:
         slot = self._slot(name)
         new = self._checked(name, adapter)
         self.remove(name)
-        self._put(name, slot, new, learns)
+        self._put(name, slot, Ready(new), learns)
         return slot
 
     def remove(self, name: str) -> None:
@@ -305,11 +321,12 @@ class Stack:
             raise type(error)(f"{name}: {error}") from error
         return found
 
-    def _put(self, name: str, slot: int, adapter: Adapter, learns: bool) -> None:
+    def _put(self, name: str, slot: int, ready: Ready, learns: bool) -> None:
+        adapter = ready.adapter
         self._shelves[adapter.kind].put(slot, adapter, learns=learns)
         self._slots[name], self._kinds[name] = slot, adapter.kind
         if not learns and not adapter.is_raw:
-            self._hashes[name] = adapter.hash
+            self._hashes[name] = ready.hash or adapter.hash
         self._forget_plans()
 
     def _is_checkpointing(self) -> bool:
