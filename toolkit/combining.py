@@ -25,7 +25,7 @@ from toolkit.errors import RunError
 from toolkit.fit.display import Display
 from toolkit.fit.inputs import flat, inputs_of
 from toolkit.fit.stops import StopOnSignal
-from toolkit.judge import Judge
+from toolkit.judge import Judge, tracked_numbers
 from toolkit.jury import hear, section_of
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.recipe.experts import expert_recipes, stands_alone, union
@@ -53,7 +53,10 @@ def run(recipe: Recipe, options: Options) -> int:
     Raises MaltuError for everything the user can do something about; a run that raised goes on with the same command.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("A run of several adapters is not started by torchrun: they learn side by side in one process.")
+        raise RunError(
+            "A run of several adapters is not started by torchrun: they learn side by side in one process. Start it"
+            " with python -m toolkit.train."
+        )
     folder = Run(options.runs / recipe.name)
     inputs = None if options.fresh else _of_finished(recipe, folder)
     return in_its_folder(recipe, options, inputs or _inputs(recipe), lambda: _ready(recipe), _train)
@@ -217,7 +220,7 @@ def _finish(begun: Begun, ground: Ground, judge: Judge, before: dict[str, Any], 
         _answer_with(folder, found.best)
     disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, found.after))
     total = made.total()
-    track.log(total.steps, **judge.numbers(found.after))
+    track.log(total.steps, **tracked_numbers(found.after))
     track.text(total.steps, "samples", judge.samples_markdown(before, found.after))
     track.table(total.steps, "answers", sample_cells(before, found.after))
     if (folder.path / "adapters").is_dir():  # experts that are other runs lie there

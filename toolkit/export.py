@@ -22,7 +22,7 @@ from toolkit.quiet import quiet
 
 HUB = "hub:"
 # What a run keeps to go on, or for itself alone, and what can run code when it is read: never pushed.
-KEPT_HERE = ("checkpoints", "search", "tensorboard", "wandb")
+KEPT_HERE = ("checkpoints", "search", "tensorboard", "trackio", "wandb")
 NOT_PUSHED = (
     *(f"{before}{name}/*" for name in KEPT_HERE for before in ("", "*/")),
     *(".*", "*/.*", "*.bin", "*.pt", "*.pth", "*.pkl"),

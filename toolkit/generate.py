@@ -32,24 +32,20 @@ def generate(
     sampling: Sampling,
     *,
     ends: AbstractSet[int] | None = None,
-    on_token: Callable[[int, str], None] | None = None,
     batch_tokens: int = 8192,
 ) -> list[Answer]:
     """Answer every prompt, in the order given; prompts of like length share batches of at most `batch_tokens` cached
     tokens.
 
-    `ends` are the ids that end an answer (default: `end_ids`). `on_token` gets (row, text piece) as pieces become
-    certain. Raises: InputError for a prompt that is empty or leaves no room in the base's context; MaltuError if the
-    logits are not numbers.
+    `ends` are the ids that end an answer (default: `end_ids`). Raises: InputError for a prompt that is empty or leaves
+    no room in the base's context; MaltuError if the logits are not numbers.
     """
     with measuring(model) as opened:
         stops = end_ids(opened, tokenizer) if ends is None else frozenset(ends)
         rows = _rows(opened, tokenizer, prompts, sampling, stops)
         for batch in _batches(rows, batch_tokens, opened.needs_equal_lengths):
-            for taken in _decode(opened, batch):
-                for row, piece in taken:
-                    if on_token is not None and piece:
-                        on_token(row.number, piece)
+            for _ in _decode(opened, batch):
+                pass
     return [row.answer() for row in rows]
 
 

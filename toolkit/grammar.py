@@ -109,20 +109,24 @@ class Vocabulary:
 def bridge(tokenizer: Any) -> Vocabulary:
     """A tokenizer of transformers for llguidance: byte-level BPE, and those that spell unknown signs as bytes.
 
-    Raises: GrammarError for one that writes text in another way (WordPiece, say).
+    Raises: GrammarError for one that writes text in another way (WordPiece, say), or names no token that ends a text.
     """
     from llguidance.hf import from_tokenizer
 
     eos = tokenizer.eos_token_id
-    eos = 0 if eos is None else int(eos)
-    try:
-        bridged = from_tokenizer(tokenizer, eos_token=eos, slices=None)
+    try:  # where there is no end, any token does to see how text is spelled
+        bridged = from_tokenizer(tokenizer, eos_token=0 if eos is None else int(eos), slices=None)
     except Exception as error:  # whatever llguidance does not know of it
         raise GrammarError(_unbridged(tokenizer, str(error))) from None
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     if bridged.decode_bytes(ids).decode("utf-8", "replace").removeprefix(" ") != _PROBE:
         raise GrammarError(_unbridged(tokenizer, "text does not come back from its tokens as it was"))
-    return Vocabulary(bridged, eos)
+    if eos is None:
+        raise GrammarError(
+            "answers of a given form need a token that ends a text, and the tokenizer of this base names none. Set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return Vocabulary(bridged, int(eos))
 
 
 class Grammar:

@@ -41,6 +41,7 @@ from toolkit.generate import Sampling
 from toolkit.loaded import LoadedRun, is_labeller, load_labeller, load_run
 from toolkit.recipe.model import Data, Recipe
 from toolkit.shipped import resolve, shipped
+from toolkit.trackers.contract import OF_THE_END
 
 ANSWER_TOKENS = 60  # answers longer than this count as not ended
 N_TEXTS = 100  # held-out texts that text2text writes anew
@@ -133,10 +134,6 @@ class Judge:
             disk.write_json(file, found)
         return found
 
-    def numbers(self, measured: dict[str, Any]) -> dict[str, float]:
-        """Flat numbers for a tracker."""
-        return tracked_numbers(measured)
-
     def samples_markdown(self, before: dict[str, Any], after: dict[str, Any]) -> str:
         """samples.md: answers before and after (no before for a base from scratch), or what was taken for what."""
         if "confusion" in after:
@@ -214,7 +211,7 @@ def labels_markdown(held: Held, after: dict[str, Any]) -> str:
 def tracked_numbers(measured: dict[str, Any]) -> dict[str, float]:
     """Flat numbers for a tracker."""
     rows = compared({"after": measured})
-    return {f"test/{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
+    return {f"{OF_THE_END}{row.metric} {row.lang}".strip().replace(" ", "_"): row.after or 0.0 for row in rows}
 
 
 def _wanted(found: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from toolkit.bundle import Run
 from toolkit.combine.speaker import MAIN
-from toolkit.ensemble.compare import Sums, Verdict, verdict
+from toolkit.ensemble.compare import Sums, Verdict, mean, verdict
 from toolkit.ensemble.ground import Ground
 from toolkit.ensemble.make import Made
 from toolkit.ensemble.subjects import Combined, OneMember, Table, member, oracle
@@ -60,7 +60,7 @@ def best_of(watched: Table, table: Table, members: Sequence[str]) -> str:
     of = watched if len(watched.talks) else table
     if not len(of.talks):
         return members[0]
-    found = {name: _mean(sums_of(of, member(of, name)) or [(0.0, 1.0)]) for name in members}
+    found = {name: mean(sums_of(of, member(of, name)) or [(0.0, 1.0)]) for name in members}
     return min(members, key=lambda name: (found[name], members.index(name)))
 
 
@@ -185,7 +185,3 @@ def _answers(name: str, of: Mapping[str, Any]) -> list[str]:
 
 def _plain(text: str) -> str:
     return " ".join(str(text).split())
-
-
-def _mean(sums: Sums) -> float:
-    return sum(value for value, _ in sums) / max(1.0, sum(count for _, count in sums))

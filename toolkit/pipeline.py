@@ -15,6 +15,7 @@ from toolkit.fit.memory import find_micro_batch
 from toolkit.fit.one import Job, fit_one
 from toolkit.fit.plan import Plan, is_new, make_plan
 from toolkit.fit.prepare import Rows, place_here, shape_of, training_rows
+from toolkit.judge import tracked_numbers
 from toolkit.labelling import is_for_encoder
 from toolkit.labelling import run as label
 from toolkit.loaded import WHOLE_MODEL
@@ -83,7 +84,7 @@ def _train(begun: Begun, ready: Ready) -> bool:
         _save(folder, recipe, base, kind, model)
         after = judge.measure(model)
         disk.write_text(folder.path / "samples.md", judge.samples_markdown(before, after))
-        track.log(fitted.steps, **judge.numbers(after))
+        track.log(fitted.steps, **tracked_numbers(after))
         track.text(fitted.steps, "samples", judge.samples_markdown(before, after))
         track.table(fitted.steps, "answers", sample_cells(before, after))
         track.files(folder.name, folder.adapter() if folder.adapter().is_dir() else folder.path / WHOLE_MODEL)

@@ -29,7 +29,7 @@ from toolkit.errors import BusyError, RunError
 from toolkit.fit.cached import CachedRows
 from toolkit.fit.inputs import inputs_of, refuse_changed
 from toolkit.fit.prepare import make_renderer, place_here, weight_dtype
-from toolkit.judge import Judge
+from toolkit.judge import Judge, tracked_numbers
 from toolkit.loaded import WHOLE_MODEL
 from toolkit.quiet import quiet
 from toolkit.recipe.model import Base, Recipe
@@ -92,7 +92,7 @@ def _lead(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
         _ground(recipe, folder, inputs)  # a mistake in data or base leaves the old run in its place
         console.print(f"The old run lies in {bundle.set_aside(folder)} now.")
         return run(recipe, Options(options.runs, False, options.quiet, options.command))
-    if _is_finished(recipe, folder, inputs):
+    if _is_finished(folder, inputs):
         bundle.drop_checkpoints(folder, ())
         show_finished(folder, console)
         return 0
@@ -160,7 +160,7 @@ def _join(recipe: Recipe, options: Options, folder: Run, inputs: dict[str, Any],
     return None
 
 
-def _is_finished(recipe: Recipe, folder: Run, inputs: dict[str, Any]) -> bool:
+def _is_finished(folder: Run, inputs: dict[str, Any]) -> bool:
     """Whether the search is there and done; more trials than it had, or more minutes, take it up again."""
     facts = facts_of_begun(folder, inputs)
     if facts is None:
@@ -320,7 +320,7 @@ def _track(
     for number, values in found.history:
         track.log(number, **values)
     last = found.history[-1][0] + 1 if found.history else 1
-    track.log(last, **judge.numbers(results["after"]))
+    track.log(last, **tracked_numbers(results["after"]))
     track.text(last, "samples", judge.samples_markdown(**results))
     track.table(last, "answers", sample_cells(**results))
     track.files(folder.name, folder.adapter() if folder.adapter().is_dir() else folder.path / WHOLE_MODEL)

@@ -22,7 +22,7 @@ from toolkit.bundle import Run
 from toolkit.card import show_result, write_card
 from toolkit.corpus.gather import Corpus, gather
 from toolkit.corpus.known import marks
-from toolkit.corpus.manner import manner_by_role, some_of
+from toolkit.corpus.manner import N_SCORED, manner_by_role, some_of
 from toolkit.corpus.render import Rendered, Renderer
 from toolkit.errors import BaseError, MaltuError, Problem, RecipeError, RunError
 from toolkit.evaluate.classify import label_set
@@ -30,7 +30,7 @@ from toolkit.fit.classify import LabelRows
 from toolkit.fit.inputs import refuse_changed, surroundings
 from toolkit.fit.memory import peak_mb
 from toolkit.fit.plan import Plan, count_steps, is_new
-from toolkit.fit.prepare import Rows, make_renderer, meet, open_base, render_rows, said_by_main
+from toolkit.fit.prepare import PARTS, Rows, make_renderer, meet, open_base, render_rows, said_by_main
 from toolkit.judge import Held, Judge, metrics_of, prompts_of, sampling_of
 from toolkit.loaded import ENCODER
 from toolkit.quiet import quiet
@@ -40,8 +40,6 @@ from toolkit.report.write import REPORT, write_report
 from toolkit.track import Track, config_of, open_track
 
 INTERRUPTED = 130
-PARTS = ("train", "valid", "test")
-N_SCORED = 500  # conversations that the spoken score looks at
 
 
 @dataclass(frozen=True)

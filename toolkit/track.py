@@ -14,25 +14,31 @@ from typing import Any
 
 from toolkit import disk
 from toolkit.trackers.apart import Apart, Call
-from toolkit.trackers.contract import END_SECONDS, About, Cells, Tracker
+from toolkit.trackers.contract import END_SECONDS, OF_A_LINE, OF_THE_END, About, Cells, Tracker, last_steps
 from toolkit.trackers.in_tensorboard import TensorBoard
 from toolkit.trackers.in_trackio import Trackio
 from toolkit.trackers.in_wandb import Wandb, end_seconds
 
 OPENERS: Mapping[str, Callable[[About], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 WAIT_SECONDS = 5.0
-OF_A_LINE = frozenset({"step", "time"})
 NOT_OF_THE_RECIPE = ("name", "train.seed", "serve.", "track")  # runs that differ in these alone belong together
 
 
 class Track:
     """metrics.jsonl, and every other tracker that was asked for.
 
-    trackers: those that still work. seconds: what their calls held up, by the clock.
+    trackers: those that still work. told: the step up to which they have each number from earlier processes; a member
+    that learns those steps again is written once more, and not told. seconds: what their calls held up, by the clock.
     """
 
-    def __init__(self, file: Path, trackers: Mapping[str, Tracker | Apart], warn: Callable[[str], None]) -> None:
-        self._file, self._warn = file, warn
+    def __init__(
+        self,
+        file: Path,
+        trackers: Mapping[str, Tracker | Apart],
+        warn: Callable[[str], None],
+        told: Mapping[str, int] | None = None,
+    ) -> None:
+        self._file, self._warn, self._told = file, warn, told or {}
         self.trackers = {name: one if isinstance(one, Apart) else _put_apart(one) for name, one in trackers.items()}
         self.seconds = 0.0
 
@@ -44,7 +50,9 @@ class Track:
                 file.write(line + "\n")
         except OSError as failed:
             raise disk.cannot_write(self._file, failed) from failed
-        self._each(lambda tracker: tracker.log(step, values))
+        new = {name: of for name, of in values.items() if step > self._told.get(name, -1)}
+        if new:
+            self._each(lambda tracker: tracker.log(step, new))
 
     def text(self, step: int, name: str, text: str) -> None:
         """Hand a text to every tracker (the run folder keeps its own samples.md)."""
@@ -95,15 +103,15 @@ def open_track(
     """Open the trackers of a run: their names, or the recipe's sections that name one with its options.
 
     config: flat, as `config_of` gives it. Lines of metrics.jsonl after `from_step` are dropped: a run that goes on
-    repeats those steps. Cost: WAIT_SECONDS at most; a tracker that takes longer to start goes on with that beside the
-    run, and is told then what it missed.
+    repeats those steps, and trackers show them once. Cost: WAIT_SECONDS at most; a tracker that takes longer to start
+    goes on with that beside the run, and is told then what it missed.
     """
     file = run_path / "metrics.jsonl"
-    _keep_until(file, from_step)
+    told, gone = _keep_until(file, from_step)
     group, job = _group(run_path.name, config)
     opening: dict[str, Apart] = {}
     for name, options in map(_with_options, names):
-        about = About(run_path, config, from_step, group, job, options)
+        about = About(run_path, config, group, job, options, told, gone)
         opening[name] = Apart(partial(OPENERS[name], about), end_seconds(options) if name == "wandb" else END_SECONDS)
     until = time.monotonic() + WAIT_SECONDS
     opened: dict[str, Tracker | Apart] = {}
@@ -113,7 +121,7 @@ def open_track(
             opened[name] = tracker
         except Exception as failed:  # a tracker that does not start must not stop the run
             warn(f"track: {name} did not start ({_said(failed)}); the run goes on without it.")
-    return Track(file, opened, warn)
+    return Track(file, opened, warn, last_steps(told))
 
 
 def _with_options(named: Any) -> tuple[str, Mapping[str, Any]]:
@@ -186,7 +194,13 @@ def last_step(run_path: Path) -> int:
     return max((int(row["step"]) for row in read_metrics(run_path)), default=0)
 
 
-def _keep_until(file: Path, step: int) -> None:
+def _keep_until(file: Path, step: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Drop what was learned after a step, and what was measured in the end; what stays, and what went."""
+    kept: list[dict[str, float]] = []
+    gone: list[dict[str, float]] = []
+    for row in read_metrics(file.parent):
+        is_lasting = row["step"] <= step and not any(name.startswith(OF_THE_END) for name in row)
+        (kept if is_lasting else gone).append(row)
     if file.exists():
-        kept = [row for row in read_metrics(file.parent) if row["step"] <= step]
         disk.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept, gone

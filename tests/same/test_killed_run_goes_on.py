@@ -90,6 +90,21 @@ def test_killed_at_steps_and_inside_a_checkpoint(recipe_file: Path, tmp_path: Pa
     assert [step for step, _ in losses(runs / name)] == list(range(1, 13))
 
 
+def test_tensorboard_shows_every_number_of_a_killed_run_once(recipe_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs, name = tmp_path / "runs", "killed"
+    for where, step in (("inside_save", 1), ("after_evaluation", 8), ("nowhere", 0)):
+        train(recipe_file, runs, name, "track=[tensorboard]", where=where, step=step)
+    events = EventAccumulator(str(runs / name / "tensorboard")).Reload()
+    shown = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    told: dict[str, list[tuple[int, float]]] = {}
+    for row in read_metrics(runs / name):
+        for tag in row.keys() - {"step", "time"}:
+            told.setdefault(tag, []).append((int(row["step"]), pytest.approx(row[tag], rel=1e-6)))
+    assert shown == told and [step for step, _ in shown["loss"]] == list(range(1, 13))
+
+
 def test_killed_after_a_bad_evaluation_keeps_its_patience(recipe_file: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     other = tmp_path / "other.jsonl"  # held-out talk of another kind: what helps the training talk soon hurts it

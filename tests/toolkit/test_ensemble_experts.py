@@ -9,6 +9,7 @@ import torch
 
 from tests.ensemble_world import Bench
 from toolkit.bundle import Run
+from toolkit.ensemble import experts as room
 from toolkit.ensemble.experts import Hooks, Seen, Task, fit_members, read_fitted, together
 from toolkit.errors import TrainingError
 from toolkit.stack.stack import Stack
@@ -98,6 +99,42 @@ def test_a_killed_run_keeps_whoever_was_done(bench: Bench, monkeypatch: pytest.M
     assert read_fitted(bench.run, "reft") is not None
     assert bench.fit(unlike(bench)) is not None
     assert bench.hashes() == bench.hashes(whole)
+
+
+def test_a_kill_while_it_is_written_down_that_all_are_done_makes_nobody_learn_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.fit(unlike(bench))
+    first = Run(bench.root / "first")
+    told = room.disk.write_json
+
+    def dying(file: Path, value: Any) -> None:
+        is_last = all(read_fitted(first, name) is not None for name in UNLIKE)
+        told(file, value)
+        if is_last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(room.disk, "write_json", dying)
+    with pytest.raises(KeyboardInterrupt):
+        bench.fit(unlike(bench), run=first)
+    monkeypatch.undo()
+    assert bench.fit(unlike(bench), run=first) is not None
+    assert bench.seen == [] and bench.hashes(first) == bench.hashes()
+
+
+def test_a_kill_in_the_second_precision_makes_nobody_of_the_first_learn_again(bench: Bench) -> None:
+    tasks = [bench.task("fp32"), bench.task("bf16", precision="bf16")]
+
+    def kill(seen: Any) -> None:
+        if {one.name for one in seen} == {"bf16"}:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_members(tasks, bench.base, bench.run, plan_of=bench.plan_of, hooks=Hooks(watch=kill))
+    before = bench.hashes()
+    assert bench.fit(tasks) is not None
+    assert {one.name for seen in bench.seen for one in seen} == {"bf16"}
+    assert bench.hashes()["fp32"] == before["fp32"]
 
 
 def test_a_damaged_checkpoint_is_told_and_the_member_starts_anew(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from toolkit.card import show_result
 from toolkit.combine.vote import vote_labels
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import AdapterError, BaseError, DataError, InputError, RunError
-from toolkit.evaluate.classify import common_labels, logliks_of_runs
+from toolkit.evaluate.classify import common_labels, label_log_likelihoods
 from toolkit.evaluate.encoder import encode, encoder_label_logprobs, label_logprobs
 from toolkit.fit.classify import CollateTexts, held_out_log_loss
 from toolkit.loaded import load_labeller, load_run
@@ -375,22 +375,13 @@ class TestVotes:
             tmp_path, Path("spoken-mini"), train="{max_steps: 2, batch_size: 2}", name="말", base="{model: spoken-mini}"
         )
         assert train([str(recipe), "--runs", str(tmp_path), "--quiet"]) == 0
-        labels, loglik_KRL = logliks_of_runs([tmp_path / "말", trained], talks(), "cpu")
-        assert labels == LABELS and loglik_KRL.shape == (2, 6, 3) and loglik_KRL.dtype == torch.float64
-        swapped, other_KRL = logliks_of_runs([trained, tmp_path / "말"], talks(), "cpu")
-        assert swapped == LABELS and torch.allclose(other_KRL, loglik_KRL.flip(0))
+        runs = load_run(tmp_path / "말", "cpu"), load_labeller(trained, "cpu")
+        loglik_KRL = torch.stack([label_log_likelihoods(run, talks(), LABELS) for run in runs])
+        assert loglik_KRL.shape == (2, 6, 3) and loglik_KRL.dtype == torch.float64
         alone = encoder_label_logprobs(load_labeller(trained, "cpu"), [talk.turns[0].content for talk in talks()])
         assert torch.allclose(loglik_KRL[1], alone)
         voted = vote_labels(loglik_KRL, "soft", [0.0, 1.0])
         assert torch.equal(voted.choice_R, alone.argmax(-1))
-
-    @pytest.mark.slow
-    def test_different_labels_are_refused_before_anything_is_loaded(self, trained: Path, tmp_path: Path) -> None:
-        from toolkit.bundle import Run
-
-        Run(tmp_path).update(status="finished", base={"model": "not there"}, labels=["가", "나"])
-        with pytest.raises(DataError, match="does not know 긍정, 부정, 중립"):
-            logliks_of_runs([tmp_path, trained], talks(), "cpu")
 
 
 def test_a_chat_on_an_encoder_is_told_what_it_is_for(

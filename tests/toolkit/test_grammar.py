@@ -155,6 +155,13 @@ def test_a_tokenizer_that_does_not_spell_bytes_is_refused_by_name() -> None:
         bridge(word_pieces())
 
 
+def test_a_tokenizer_that_names_no_end_is_refused_and_no_other_token_stands_for_it() -> None:
+    endless = byte_level()
+    endless.eos_token = None
+    with pytest.raises(GrammarError, match=r"token that ends a text.*Set eos_token in its tokenizer_config.json"):
+        bridge(endless)
+
+
 def wide(key: str, n: int) -> dict[str, Any]:
     return {key: {f"p{place}": {"type": "integer"} for place in range(n)}}
 

@@ -66,6 +66,63 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert [scalar.value for scalar in events.Scalars("loss")] == [2.5]
 
 
+def test_what_is_measured_in_the_end_stands_once_however_often_it_is_measured(tmp_path: Path) -> None:
+    for from_step in (0, 2, 2):  # killed twice between its last number and its end, with a checkpoint of its last step
+        track = open_track(tmp_path, (), {}, from_step, pytest.fail)
+        for step in range(from_step + 1, 3):
+            track.log(step, loss=float(step))
+        track.log(2, **{"test/loss": 1.5})
+    found = [name for row in read_metrics(tmp_path) for name in row if name not in ("step", "time")]
+    assert found == ["loss", "loss", "test/loss"]
+
+
+def shown_in_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every number with its step, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {name: [(one.step, one.value) for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def as_an_earlier_process(run: Path) -> None:
+    """Its file came long before: the files of one second are in no order."""
+    for number, file in enumerate(sorted(run.glob("tensorboard/events.*"))):
+        file.rename(file.with_name(f"events.out.tfevents.{number:010d}"))
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.parametrize("from_step", [0, 3])
+def test_tensorboard_shows_a_step_once_that_is_taken_again(tmp_path: Path, from_step: int, is_written: bool) -> None:
+    """A killed process told more steps than its checkpoint holds; or it had not written them yet."""
+    track = open_track(tmp_path, ("tensorboard",), {}, 0, pytest.fail)
+    for step in range(1, 6):
+        track.log(step, loss=float(step))
+    track.close()
+    as_an_earlier_process(tmp_path)
+    if not is_written:
+        for file in tmp_path.glob("tensorboard/events.*"):
+            file.write_bytes(b"")
+    again = open_track(tmp_path, ("tensorboard",), {}, from_step, pytest.fail)
+    for step in range(from_step + 1, 8):
+        again.log(step, loss=float(step))
+    again.close()
+    assert shown_in_tensorboard(tmp_path) == {"loss": [(step, float(step)) for step in range(1, 8)]}
+
+
+def test_tensorboard_shows_a_member_once_that_goes_on_from_a_step_of_its_own(tmp_path: Path) -> None:
+    track = open_track(tmp_path, ("tensorboard",), {}, -1, pytest.fail)
+    for step in range(1, 6):
+        track.log(step, **{"loss/짧게": 1.0, "loss/상냥": 2.0})
+    track.close()
+    as_an_earlier_process(tmp_path)
+    again = open_track(tmp_path, ("tensorboard",), {}, 5, pytest.fail)
+    for step in range(3, 8):
+        again.log(step, **{"loss/짧게": 1.0})
+    again.close()
+    wanted = {"loss/짧게": [(step, 1.0) for step in range(1, 8)], "loss/상냥": [(step, 2.0) for step in range(1, 6)]}
+    assert shown_in_tensorboard(tmp_path) == wanted
+
+
 def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(tmp_path: Path, monkeypatch: object) -> None:
     import sys
 
@@ -271,13 +328,14 @@ def test_wandb_writes_offline_into_the_run_and_goes_on_in_the_same_wandb_run(tmp
 
 
 @pytest.mark.slow
-def test_trackio_writes_into_its_own_store(tmp_path: Path) -> None:
+def test_trackio_shows_every_step_once_in_its_own_store_however_often_the_run_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("trackio", reason="trackio is not installed")
     run = tmp_path / "말투"
     run.mkdir()
-    log_with("trackio", run, 0)
-    stores = list((tmp_path / "hf" / "trackio").glob("maltu*.db"))
-    assert stores
-    with contextlib.closing(sqlite3.connect(stores[0])) as store:
-        rows = [json.loads(text) for (text,) in store.execute("select metrics from metrics order by step")]
-    assert {"loss": 2.5} in rows
+    for from_step in (0, 0, 1):  # killed before its first checkpoint, then after one
+        log_with("trackio", run, from_step)
+    (place,) = (tmp_path / "hf" / "trackio").glob("maltu*.db")
+    with contextlib.closing(sqlite3.connect(place)) as store:
+        rows = list(store.execute("select run_id, run_name, step, metrics from metrics order by step"))
+    assert [step for *_, step, text in rows if json.loads(text) == {"loss": 2.5}] == [1, 2]
+    assert {tuple(of) for *of, _, _ in rows} == {((run / "trackio" / "run_id").read_text(), "말투")}

@@ -86,6 +86,15 @@ def test_runs_of_a_recipe_stand_in_one_group_and_a_search_in_its_own(tmp_path: P
     assert groups[2] == (f"search {tmp_path.name}", "search")
 
 
+def test_what_wandb_was_told_of_steps_that_are_taken_again_is_not_told_twice(tmp_path: Path, told: Told) -> None:
+    for n_steps in (3, 5):  # killed before its first checkpoint, begun again
+        track = open_track(tmp_path, ("wandb",), config_of(INPUTS), 0, pytest.fail)
+        for step in range(1, n_steps + 1):
+            track.log(step, loss=float(step))
+        track.close()
+    assert told.logged == [{"loss": float(step)} for step in range(1, 6)]
+
+
 def test_what_was_trained_is_sent_only_where_the_recipe_asks(tmp_path: Path, told: Told) -> None:
     tracked(tmp_path, INPUTS)
     assert told.artifacts == []

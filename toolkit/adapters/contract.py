@@ -88,8 +88,9 @@ class Kind(ABC, Generic[OptionsT]):
         raise AdapterError(f"An adapter of kind {self.name} changes the base's own weights. Load the base again.")
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors that training changes, exactly as training holds them: what a checkpoint needs beside the "
-        "optimizer's."""
+        """The tensors that training changes, exactly as training holds them: what a checkpoint needs beside the
+        optimizer's.
+        """
         return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
     def restore(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -210,8 +210,9 @@ def _untie_head(model: nn.Module) -> None:
 
 
 def _scale_of(table: nn.Module) -> float:
-    """By how much the embedding module multiplies its weights on the way out (Gemma does, by the root of its hidden "
-    "size)."""
+    """By how much the embedding module multiplies its weights on the way out (Gemma does, by the root of its hidden
+    size).
+    """
     weight = table.weight
     row = int(weight.detach().norm(dim=1).argmax())  # type: ignore[operator]
     out = table(torch.tensor([[row]], device=weight.device))[0, 0]  # type: ignore[arg-type]
@@ -219,6 +220,7 @@ def _scale_of(table: nn.Module) -> float:
     scale = float((out @ wanted) / (wanted @ wanted))
     if not torch.allclose(out, scale * wanted, rtol=1e-5, atol=0):
         raise AdapterError(
-            "This base changes its embeddings on the way out, so a delta cannot be merged into their table."
+            "This base changes its embeddings on the way out, so a delta cannot be merged into their table. Serve it "
+            "as an adapter instead."
         )
     return scale

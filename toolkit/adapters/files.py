@@ -58,7 +58,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: cannot be read as JSON ({error}). Copy the adapter again from where it was made."
         ) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{path}: holds a {type(config).__name__} where an adapter's config should be.")
+        raise AdapterError(
+            f"{path}: holds a {type(config).__name__} where an adapter's config should be. Copy the adapter again from "
+            "where it was made."
+        )
     return config
 
 
@@ -126,8 +129,9 @@ def _check_origin(folder: Path, metadata: Mapping[str, str], here: Origin) -> No
 
 
 def check_layout(folder: Path, kind: str, found: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise AdapterError, with names and shapes, unless the tensors found are those that this base's adapter would "
-    "have."""
+    """Raise AdapterError, with names and shapes, unless the tensors found are those that this base's adapter would
+    have.
+    """
     wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     wrong += [f"{name} has no place" for name in sorted(found.keys() - wanted.keys())]
     wrong += [
@@ -154,10 +158,12 @@ def _missing(folder: Path, name: str) -> AdapterError:
 
 
 def check_ours(folder: Path, config: Mapping[str, Any], kind: str, fields: Mapping[str, type]) -> None:
-    """Raise AdapterError unless the config is of this kind, of a version we read, and has these fields with these "
-    "types."""
+    """Raise AdapterError unless the config is of this kind, of a version we read, and has these fields with these
+    types.
+    """
     if config.get("kind") != kind:
-        raise AdapterError(f"{folder}: holds an adapter of kind {config.get('kind') or 'unknown'}, not {kind}.")
+        found = config.get("kind") or "unknown"
+        raise AdapterError(f"{folder}: holds an adapter of kind {found}, not {kind}. Name the folder of a {kind} one.")
     if config.get("version") != VERSION:
         raise AdapterError(
             f"{folder}: its format is version {config.get('version')}; this Maltu reads {VERSION}. Use the Maltu "

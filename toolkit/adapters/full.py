@@ -1,5 +1,6 @@
-"""Every weight learns: the adapter is a model of its own, saved as a plain Hugging Face folder (config.json and "
-"safetensors)."""
+"""Every weight learns: the adapter is a model of its own, saved as a plain Hugging Face folder (config.json and
+safetensors).
+"""
 
 import json
 from collections.abc import Sequence
@@ -94,5 +95,7 @@ def _shards(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise AdapterError(f"{folder / INDEX}: cannot be read ({error}). Copy the model again.") from error
     if any(Path(shard).name != shard for shard in shards):
-        raise AdapterError(f"{folder / INDEX}: names files outside its folder, so none of it is read.")
+        raise AdapterError(
+            f"{folder / INDEX}: names files outside its folder, so none of it is read. Copy the model again."
+        )
     return shards

@@ -1,5 +1,6 @@
-"""Which kind an `adapter` section asks for, and which kind a folder holds. Quick: a kind's heavy imports wait until "
-"it is used."""
+"""Which kind an `adapter` section asks for, and which kind a folder holds. Quick: a kind's heavy imports wait until
+it is used.
+"""
 
 from pathlib import Path
 from typing import Any

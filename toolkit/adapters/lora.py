@@ -1,5 +1,6 @@
-"""LoRA through PEFT (arXiv 2106.09685), with rank-stabilised scaling, DoRA and a PiSSA start; saved as a plain PEFT "
-"folder."""
+"""LoRA through PEFT (arXiv 2106.09685), with rank-stabilised scaling, DoRA and a PiSSA start; saved as a plain PEFT
+folder.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,9 @@ class LoraKind(Kind["Lora"]):
         return wrapped  # type: ignore[no-any-return]
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """See Kind.parameters. After a PiSSA start, those of the plain LoRA of twice the rank that does the same on "
-        "the untouched base."""
+        """See Kind.parameters. After a PiSSA start, those of the plain LoRA of twice the rank that does the same on
+        the untouched base.
+        """
         tensors = through_peft.parameters(model)
         start = getattr(model, PISSA_START, None)
         return tensors if start is None else _plain_from_pissa(tensors, start)
@@ -178,8 +180,9 @@ def _check_pissa(model: nn.Module, options: "Lora") -> None:
 
 
 def _plain_from_pissa(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PiSSA left W - s B0 A0 in the base and trained B A: on W itself that is s (B A - B0 A0), a LoRA of twice the "
-    "rank."""
+    """PiSSA left W - s B0 A0 in the base and trained B A: on W itself that is s (B A - B0 A0), a LoRA of twice the
+    rank.
+    """
     plain = {}
     for name, tensor in now.items():
         first = start[name].to(tensor.device)

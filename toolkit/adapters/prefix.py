@@ -86,8 +86,9 @@ class PrefixKind(Kind["Prefix"]):
 
 
 def as_prompted(wrapped: Any) -> nn.Module:
-    """PEFT's model as the one that counts positions. PEFT picks the class of what it returns, so the class is set "
-    "afterwards."""
+    """PEFT's model as the one that counts positions. PEFT picks the class of what it returns, so the class is set
+    afterwards.
+    """
     from toolkit.adapters.prompted import PromptedCausalLM
 
     wrapped.__class__ = PromptedCausalLM

@@ -97,8 +97,9 @@ class PromptedCausalLM(PeftModelForCausalLM):  # type: ignore[misc]
         return cache
 
     def _with_embeddings(self, input_ids: Tensor, positions_BT: Tensor, n_learned: int, given: dict[str, Any]) -> Any:
-        """The first pass of prompt tuning: learned embeddings before those of the tokens; their logits are cut off "
-        "again."""
+        """The first pass of prompt tuning: learned embeddings before those of the tokens; their logits are cut off
+        again.
+        """
         embeddings = self.word_embeddings(input_ids)
         learned = self.get_prompt(batch_size=len(input_ids)).to(embeddings.dtype)
         first_BN = torch.arange(n_learned, device=positions_BT.device).expand(len(input_ids), n_learned)
@@ -159,8 +160,9 @@ def _whole_mask(attention_mask: Tensor | None, input_ids: Tensor, n_cached: int,
 
 
 def _positions(position_ids: Tensor | None, mask_BX: Tensor, input_ids: Tensor, n_learned: int) -> Tensor:
-    """Positions of the new tokens, the learned ones counted: from the mask, or from the caller's, which leave those "
-    "out."""
+    """Positions of the new tokens, the learned ones counted: from the mask, or from the caller's, which leave those
+    out.
+    """
     if position_ids is not None:
         return position_ids.expand(input_ids.shape) + n_learned
     return (mask_BX.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :].long()

@@ -27,8 +27,9 @@ MODULE = "maltu_reft"  # where the edits hang on the base
 
 
 def orthonormal(matrix_RH: Tensor) -> Tensor:
-    """Rows that are orthonormal and span what the rows of the matrix span; differentiable, and its own value for "
-    "what is already so. Leading axes are a batch of matrices."""
+    """Rows that are orthonormal and span what the rows of the matrix span; differentiable, and its own value for
+    what is already so. Leading axes are a batch of matrices.
+    """
     q_HR, triangle_RR = torch.linalg.qr(matrix_RH.float().mT)
     rows_RH: Tensor = (q_HR * triangle_RR.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT
     return rows_RH

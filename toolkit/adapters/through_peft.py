@@ -123,7 +123,10 @@ def load(model: nn.Module, folder: Path, *, kind: str, base_hash: str) -> Any:
     refuse_second(model)
     config = files.read_config(folder)
     if not isinstance(config.get("peft_type"), str):
-        raise AdapterError(f"{folder}: its {files.CONFIG} names no peft_type, so it is not an adapter of PEFT.")
+        raise AdapterError(
+            f"{folder}: its {files.CONFIG} names no peft_type, so it is not an adapter of PEFT. Copy the adapter again "
+            "from where it was made."
+        )
     tensors = files.read_tensors(folder, files.PEFT_TENSORS, files.Origin("", base_hash, anatomy.shape_of(model)))
     anatomy.pin_quantised_numbers(model)
     with quiet(), seeded(0), warnings.catch_warnings():
@@ -146,8 +149,9 @@ def load(model: nn.Module, folder: Path, *, kind: str, base_hash: str) -> Any:
 
 
 def merge(model: Any, *, kind: str) -> nn.Module:
-    """The base in float32 with the adapter in its weights; a quantised base is first turned into what its weights "
-    "stand for."""
+    """The base in float32 with the adapter in its weights; a quantised base is first turned into what its weights
+    stand for.
+    """
     config = config_of(model)
     if anatomy.is_quantised(model):
         model = _on_plain_base(model, config, kind)

@@ -186,7 +186,10 @@ def _model(
             )
             model = model.to(device).eval()
     except Exception as error:  # damaged weights, too little memory: any error of any library below
-        raise BaseError(f"{base.model}: its weights cannot be loaded on {device} ({brief(error)}).") from None
+        raise BaseError(
+            f"{base.model}: its weights cannot be loaded on {device} ({brief(error)}). Get its files again, or take a "
+            "smaller base where memory is what lacks."
+        ) from None
     mismatched = [str(name[0]) for name in found["mismatched_keys"]]
     return model, sorted({*found["missing_keys"], *mismatched})
 

@@ -214,7 +214,10 @@ def _load_model(base: Base, folder: Path, device: torch.device, dtype: torch.dty
             )
             model = model if quantized else model.to(device)
     except Exception as error:  # damaged weights, an unknown variant, too little memory: any error of any library below
-        raise BaseError(f"{base.model}: its weights cannot be loaded on {device} ({brief(error)}).") from None
+        raise BaseError(
+            f"{base.model}: its weights cannot be loaded on {device} ({brief(error)}). Get its files again, or take a "
+            "smaller base where memory is what lacks."
+        ) from None
     missing = sorted(found["missing_keys"])
     if missing:
         raise BaseError(

@@ -27,14 +27,12 @@ _N_BYTES = 256
 _ROPE_THETA = 10_000.0
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab: int, *, context: int = 512, min_frequency: int = 2
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab: int, *, context: int = 512) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE from `texts`: any text survives encoding and decoding, but for its normalisation to NFC.
 
     The special tokens take the ids from 0 in the order of SPECIAL_TOKENS: DOCUMENT opens a document and pads,
     END_OF_TURN ends a turn and a generation. The template is ours. The vocabulary is smaller than `vocab` when the
-    texts hold too few pairs seen `min_frequency` times. The same texts give the same tokenizer, in any process.
+    texts hold too few pairs seen twice. The same texts give the same tokenizer, in any process.
     Raises: BaseError where the texts hold nothing to learn from, or `vocab` has no room for a single pair.
     Cost: about 9 s for 30 MB of text on two cores. Source: byte-level BPE, GPT-2; special tokens are never merged into.
     """
@@ -49,7 +47,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        min_frequency=min_frequency,
+        min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -6,6 +6,7 @@ from toolkit.bases.spoken import Manner, manner_by_language, score_with_language
 from toolkit.bases.spoken_features import LANGUAGES, Language
 from toolkit.corpus.talk import Talk
 
+N_SCORED = 500  # conversations of a sample that the spoken score looks at
 ROLES = ("system", "user", "assistant", "text")
 Scored = tuple[Language | None, float]
 

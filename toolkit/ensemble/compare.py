@@ -71,12 +71,13 @@ def verdict(members: Mapping[str, Sums], sums: Sums, measure: Measure, *, chosen
     The sums are of what is better when lower: nats and tokens for the loss, mistakes and texts for the error rate.
     Raises: ValueError for other conversations. Cost: 1,000 draws.
     """
-    best = min(members, key=lambda name: _mean(members[name]))
+    best = min(members, key=lambda name: mean(members[name]))
     compared = bootstrap_interval if measure == "loss" else bootstrap_difference
     found = compared(members[best], sums)
-    means = (_mean(members[best]), _mean(sums))
+    means = (mean(members[best]), mean(sums))
     return Verdict(best, measure, *means, found.value, found.low, found.high, len(sums), chosen_here)
 
 
-def _mean(sums: Sums) -> float:
+def mean(sums: Sums) -> float:
+    """Of what these (sum, count) stand for; 0 where they count nothing."""
     return sum(value for value, _ in sums) / max(1.0, sum(count for _, count in sums))

@@ -3,7 +3,7 @@ step; of a gate `gate/loss` and `gate/valid_loss`.
 
 Members that took the same step share a line, so there are at most as many lines as all their steps together. Whoever
 goes on from a checkpoint drops what was written of it beyond, so that a run that was killed has every number once.
-Event files of trackers cannot be shortened: there those steps stand twice, with the same numbers.
+Trackers keep what they were told of those steps and are not told it again: the numbers are the same.
 """
 
 from collections.abc import Sequence

@@ -34,6 +34,7 @@ REFUSALS = (AdapterError, DataError, RecipeError)  # a recipe that does not do f
 IN_A_STACK = ("fp32", "bf16")  # precisions that a stack trains in
 COPIES = 5  # weights, gradient, two moments, best tensors, in float32
 PLAN_FILE = "plan.json"
+SETTLED_FILE = "settled.json"  # under checkpoints/: who never learns beside another again
 AFTER = "after"  # in the file of one that is done: the stack's last checkpoint before
 
 
@@ -122,8 +123,14 @@ def read_fitted(run: Run, name: str) -> Fitted | None:
 def _open(tasks: Sequence[Task], crew: "_Crew") -> list[Task]:
     """Those that are not done, and those that were done after the last checkpoint of a stack that was never done."""
     done = [task for task in tasks if read_fitted(crew.run, task.name) is not None]
-    again = [task for task in done if _after(crew.run, task.name) == crew.last_checkpoint()]
+    settled, last = _settled(crew.run), crew.last_checkpoint()
+    again = [task for task in done if task.name not in settled and _after(crew.run, task.name) == last]
     return [task for task in tasks if task not in done or task in again]
+
+
+def _settled(run: Run) -> frozenset[str]:
+    file = run.checkpoints / SETTLED_FILE
+    return frozenset(json.loads(file.read_text(encoding="utf-8"))["names"]) if file.exists() else frozenset()
 
 
 def _after(run: Run, name: str) -> str | None:
@@ -206,23 +213,19 @@ class _Crew:
 
     def keep(self, name: str, fitted: Fitted, fill: Callable[[Path], None], after: str | None) -> None:
         """Its adapter lies in the run before it counts as done."""
-        folder = self.run.adapter(name)
+        folder, file = self.run.adapter(name), _fitted_file(self.run, name)
         disk.make_folder(folder.parent)
         disk.write_folder(folder, fill)
-        self.note(name, fitted, after)
-
-    def note(self, name: str, fitted: Fitted, after: str | None) -> None:
-        """Write down how it went."""
-        file = _fitted_file(self.run, name)
         disk.make_folder(file.parent)
         disk.write_json(file, {**asdict(fitted), AFTER: after})
 
     def settle(self) -> None:
-        """All of a stack are done: none of them is ever to learn beside another again."""
-        for name in self.tasks:
-            fitted = read_fitted(self.run, name)
-            if fitted is not None:
-                self.note(name, fitted, None)
+        """A stack is empty: nobody who is done is ever to learn beside another again. All of them at once: a part of
+        them, learning once more after a kill, would lack its neighbours.
+        """
+        done = {name for name in self.tasks if read_fitted(self.run, name) is not None}
+        disk.make_folder(self.run.checkpoints)
+        disk.write_json(self.run.checkpoints / SETTLED_FILE, {"names": sorted(done | _settled(self.run))})
         disk.remove(self.place)
 
     def last_checkpoint(self) -> str:
@@ -275,12 +278,14 @@ def _in_stacks(crew: _Crew, side_by_side: int | None) -> bool:
         for precision in IN_A_STACK:
             crew.coming = [(task, plan) for task, plan in planned if plan.precision == precision]
             done = [task for task, _ in crew.coming]
-            if done and not fit_many(stack, crew, _setup(crew, side_by_side), crew.place):
+            if not done:
+                continue
+            if not fit_many(stack, crew, _setup(crew, side_by_side), crew.place):
                 return False
+            crew.settle()
             if crew.hooks.wants_stop():
                 return False
             crew.open = [task for task in crew.open if task not in done]
-        crew.settle()
     finally:
         stack.close()
     return True

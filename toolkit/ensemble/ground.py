@@ -117,10 +117,9 @@ class Ground:
         """What an expert is measured on while it learns."""
         return [(row.input_ids, row.labels) for row in self.rows_of(name).valid]
 
-    def talks_of(self, name: str, part: str = "train") -> list[Talk]:
-        """An expert's own talk."""
-        talks: Sequence[Talk] = getattr(self.corpus, part)
-        return [talks[at] for at in self.rows_of(name).kept_talks[part]]
+    def talks_of(self, name: str) -> list[Talk]:
+        """What an expert learns."""
+        return [self.corpus.train[at] for at in self.rows_of(name).kept_talks["train"]]
 
     def owner(self, part: str) -> list[str | None]:
         """For each row of a part the one expert that learns such talk; None where it is none's, or several's."""

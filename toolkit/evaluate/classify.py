@@ -3,20 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.adapters.opened import Opened
-from toolkit.bundle import open_run
 from toolkit.corpus.render import IGNORED, Renderer
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.errors import DataError, Problem
 from toolkit.evaluate import metrics
 from toolkit.evaluate.encoder import encoder_label_logprobs, text_of
-from toolkit.loaded import LoadedLabeller, LoadedRun, is_labeller, load_labeller, load_run
+from toolkit.loaded import LoadedLabeller, LoadedRun
 from toolkit.score import score
 
 
@@ -90,7 +88,7 @@ def _mean_log_likelihoods(
     return [means[place * n : place * n + n] for place in range(len(texts))]
 
 
-# R texts, L labels, K runs.
+# R texts, L labels.
 
 
 def common_labels(labels_of: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -123,25 +121,6 @@ def label_log_likelihoods(loaded: LoadedRun | LoadedLabeller, talks: Sequence[Ta
     texts = [talk.turns[:-1] for talk in talks]
     means = _mean_log_likelihoods(loaded.model, loaded.renderer, texts, labels, 8192)
     return torch.tensor(means, dtype=torch.float64).view(len(talks), len(labels))
-
-
-def logliks_of_runs(
-    paths: Sequence[Path], talks: Sequence[Talk], device: str = "auto"
-) -> tuple[tuple[str, ...], Tensor]:
-    """The labels that finished runs have in common, and what each run finds of them, [K, R, L]: for `vote_labels`.
-
-    The runs may stand on different bases and tokenizers, encoders among them: each base is loaded in turn, and let go
-    before the next. Raises: DataError where they do not choose from the same labels, before anything is loaded, and as
-    `label_log_likelihoods` does; RunError, BaseError and AdapterError where one cannot be opened.
-    """
-    facts = {str(path): open_run(path).finished("base") for path in paths}
-    labels = common_labels({path: tuple(of.get("labels") or ()) for path, of in facts.items()})
-    found = []
-    for path, of in facts.items():
-        loaded = load_labeller(path, device) if is_labeller(of) else load_run(path, device)
-        found.append(label_log_likelihoods(loaded, talks, labels))
-        del loaded
-    return labels, torch.stack(found)
 
 
 def likeliest(probabilities: Sequence[Mapping[str, float]]) -> list[str]:

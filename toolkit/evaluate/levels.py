@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 Level = Literal["banmal", "haeyo", "hapsyo"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-NAMES: dict[Level, str] = {"banmal": "반말", "haeyo": "해요체", "hapsyo": "합쇼체"}
 
 
 @dataclass(frozen=True)

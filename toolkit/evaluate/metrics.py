@@ -16,6 +16,7 @@ _UNIT = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"\w+")
 _SIGN = re.compile(r"[^\W_]")
 _HANGUL = re.compile("[가-힣]")
+N_BINS = 10
 _LONG = 12  # characters: a longer "word" is a run without spaces, and counts character by character
 
 
@@ -164,16 +165,14 @@ def log_loss(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]]) 
     return float(np.mean([-math.log(max(of[label], 1e-15)) for label, of in zip(gold, probabilities, strict=True)]))
 
 
-def expected_calibration_error(
-    gold: Sequence[str], probabilities: Sequence[Mapping[str, float]], n_bins: int = 10
-) -> float:
-    """How far confidence is from accuracy: the mean gap over equal bins, weighted by size (Guo et al. 2017)."""
+def expected_calibration_error(gold: Sequence[str], probabilities: Sequence[Mapping[str, float]]) -> float:
+    """How far confidence is from accuracy: the mean gap over N_BINS equal bins, weighted by size (Guo et al. 2017)."""
     _check_pairs(gold, probabilities)
     said = [max(of, key=of.__getitem__) for of in probabilities]
     confidence = np.array([of[label] for label, of in zip(said, probabilities, strict=True)])
     right = np.array([one == other for one, other in zip(gold, said, strict=True)], dtype=float)
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    gaps = [abs(float((right - confidence)[bins == place].sum())) for place in range(n_bins)]
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    gaps = [abs(float((right - confidence)[bins == place].sum())) for place in range(N_BINS)]
     return sum(gaps) / len(gold)
 
 

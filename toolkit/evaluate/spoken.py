@@ -139,18 +139,14 @@ def spoken_sentences(samples: Sequence[Sample]) -> dict[str, Manner]:
     return found
 
 
-def spoken_numbers(
-    samples: Sequence[Sample], pairs: Mapping[str, PairBits], langs: Sequence[str] = ()
-) -> dict[str, dict[str, float]]:
+def spoken_numbers(samples: Sequence[Sample], pairs: Mapping[str, PairBits]) -> dict[str, dict[str, float]]:
     """The numbers of the metric `spoken`, each by language: the share of spoken sentences in the answers, and bits per
     byte on either side of the pairs. A number that was not measured is left out.
     """
-    wanted = {"all", *langs} if langs else None
     shares = {lang: of.share for lang, of in spoken_sentences(samples).items() if not math.isnan(of.share)}
-    bits = {lang: of for lang, of in pairs.items() if wanted is None or lang in wanted}
     found = {
         "spoken sentences": shares,
-        "spoken bits per byte": {lang: of.spoken for lang, of in bits.items()},
-        "written bits per byte": {lang: of.written for lang, of in bits.items()},
+        "spoken bits per byte": {lang: of.spoken for lang, of in pairs.items()},
+        "written bits per byte": {lang: of.written for lang, of in pairs.items()},
     }
     return {name: of for name, of in found.items() if of}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toolkit.fit.rows import IGNORED, packed
+from toolkit.fit.rows import IGNORED, laid_out, packed
 
 # B rows of a batch (each holds one or more conversations), T tokens, N supervised tokens.
 
@@ -136,31 +136,12 @@ def _bins(share: Share, limits: Limits) -> Iterator[tuple[list[int], int]]:
 
 
 def _made(pieces: Sequence[_Piece], shares: Sequence[Share], pad_id: int, device: torch.device) -> MicroBatch:
-    n_bins, width = sum(len(piece.bins) for piece in pieces), max(piece.width for piece in pieces)
-    ids_BT = torch.full((n_bins, width), pad_id)
-    labels_BT = torch.full((n_bins, width), IGNORED)
-    positions_BT = torch.arange(width).repeat(n_bins, 1)
-    mask_BT = torch.zeros(n_bins, width, dtype=torch.long)
-    draws: list[int] = []
-    share_B: list[int] = []
-    b = 0
-    for piece in pieces:
-        share = shares[piece.share]
-        for members in piece.bins:
-            at = 0
-            for i in members:
-                ids, labels = share.rows[i]
-                end = at + len(ids)
-                ids_BT[b, at:end] = torch.as_tensor(ids)
-                labels_BT[b, at:end] = torch.as_tensor(labels)
-                labels_BT[b, at] = IGNORED  # in a packed row its neighbour is another talk
-                positions_BT[b, at:end] = torch.arange(len(ids))
-                at = end
-            mask_BT[b, :at] = 1
-            positions_BT[b, at:] = torch.arange(width - at)
-            draws.append(0 if share.draws is None else share.draws[members[0]])
-            share_B.append(piece.share)
-            b += 1
+    every = [(shares[piece.share], piece.share, members) for piece in pieces for members in piece.bins]
+    width = max(piece.width for piece in pieces)
+    bins = [[share.rows[i] for i in members] for share, _, members in every]
+    ids_BT, labels_BT, positions_BT, mask_BT = laid_out(bins, width, pad_id)
+    draws = [0 if share.draws is None else share.draws[members[0]] for share, _, members in every]
+    share_B = [number for _, number, _ in every]
     keep_BT = torch.nn.functional.pad(labels_BT[:, 1:] != IGNORED, (0, 1), value=False)
     packing = shares[pieces[0].share].packing
     has_dropout = any(share.draws is not None for share in shares)
@@ -168,7 +149,7 @@ def _made(pieces: Sequence[_Piece], shares: Sequence[Share], pad_id: int, device
         input_ids_BT=ids_BT.to(device),
         keep_BT=keep_BT.to(device),
         targets_N=labels_BT[:, 1:][keep_BT[:, :-1]].to(device),
-        share_N=torch.tensor(share_B)[:, None].expand(n_bins, width)[keep_BT].to(device),
+        share_N=torch.tensor(share_B)[:, None].expand(len(bins), width)[keep_BT].to(device),
         owners=tuple(shares[number].slot for number in share_B),
         extra={"position_ids": positions_BT.to(device)} if packing else {"attention_mask": mask_BT.to(device)},
         draws_B=torch.tensor(draws, dtype=torch.long, device=device) if has_dropout else None,

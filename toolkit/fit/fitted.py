@@ -6,7 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Fitted:
     """How a fit ended, over all processes it took. `stopped` is done, early (patience), pruned (its crew let it go),
-    or asked (a signal: the same command goes on).
+    failed (of one of many: its numbers ran away, or memory does not hold it), or asked (a signal: the same command goes
+    on).
     """
 
     stopped: str

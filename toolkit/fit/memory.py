@@ -13,10 +13,9 @@ from torch import nn
 
 from toolkit.adapters.contract import seeded
 from toolkit.errors import TrainingError
+from toolkit.fit.batches import Row
 from toolkit.fit.plan import Plan, largest_divisor
 from toolkit.fit.rows import Collate
-
-Row = tuple[Sequence[int], Sequence[int]]
 
 
 def find_micro_batch(model: nn.Module, rows: Sequence[Row], plan: Plan, pad_id: int, device: torch.device) -> Plan:

@@ -115,7 +115,7 @@ def _make_trainer(job: Job, watch: Watch, total: int) -> Trainer:
         processing_class=job.tokenizer,
         data_collator=Collate(pad, job.plan.packing),
         callbacks=[watch],
-        optimizers=_optimizer(job, total),
+        optimizers=_optimizer(job),
     )
 
 
@@ -164,7 +164,7 @@ def arguments_of(job: Job, total: int) -> SFTConfig:
     )
 
 
-def _optimizer(job: Job, total: int) -> tuple[Any, Any]:
+def _optimizer(job: Job) -> tuple[Any, Any]:
     """Our own optimizer where the recipe asks for one that transformers does not have; (None, None) leaves it to
     transformers.
     """

@@ -13,7 +13,7 @@ from rich.text import Text
 from toolkit.bases.encoder import is_encoder, sketch_encoder
 from toolkit.bases.load import LoadedTokenizer, load_tokenizer
 from toolkit.corpus.gather import Corpus, gather
-from toolkit.corpus.manner import manner_by_role, some_of
+from toolkit.corpus.manner import N_SCORED, manner_by_role, some_of
 from toolkit.corpus.render import IGNORED, Rendered, Renderer
 from toolkit.fit.plan import Place, Plan, Shape, activation_bytes, count_steps, make_plan, max_length
 from toolkit.fit.prepare import Rows, place_here, render_rows, shape_of, weigh
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CPU_FLOPS = 40e9  # what two cores of a laptop reach in float32; a GPU's figure is its own
 GPU_FLOPS = 60e12
-N_SCORED = 500  # conversations that the spoken score looks at
 ADAPTER_PASSES, FULL_PASSES = 4, 6  # multiply-adds per weight and token: forward 2, gradients of inputs 2, of weights 2
 
 

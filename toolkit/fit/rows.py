@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+# B rows of a batch (each holds one or more conversations), T tokens.
 
 IGNORED = -100
 ATTENTION = 1536
@@ -20,37 +23,41 @@ MANY = 64
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a micro batch. B rows, T tokens: input_ids, labels [B, T]; position_ids [B, T] packed, attention_mask
-    [B, T] unpacked.
-    """
+    """Makes a micro batch: input_ids, labels [B, T]; position_ids [B, T] packed, attention_mask [B, T] unpacked."""
 
     pad_id: int
     packing: bool
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate rows of {"input_ids", "labels"}; `n_tokens` counts the tokens that are not padding."""
         lengths = [len(row["input_ids"]) for row in rows]
         bins, width = packed(lengths) if self.packing else ([[i] for i in range(len(rows))], max(lengths))
-        shape = (len(bins), width)
-        input_ids = torch.full(shape, self.pad_id)
-        labels = torch.full(shape, IGNORED)
-        positions = torch.zeros(shape, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for b, members in enumerate(bins):
-            at = 0
-            for i in members:
-                end = at + lengths[i]
-                input_ids[b, at:end] = torch.as_tensor(rows[i]["input_ids"])
-                labels[b, at:end] = torch.as_tensor(rows[i]["labels"])
-                labels[b, at] = (
-                    IGNORED  # the first token has nothing before it; in a packed row its neighbour is another talk
-                )
-                positions[b, at:end] = torch.arange(lengths[i])
-                mask[b, at:end] = 1
-                at = end
-            positions[b, at:] = torch.arange(width - at)
-        batch = {"input_ids": input_ids, "labels": labels, "n_tokens": torch.tensor(sum(lengths))}
-        return {**batch, "position_ids": positions} if self.packing else {**batch, "attention_mask": mask}
+        filled = [[(rows[i]["input_ids"], rows[i]["labels"]) for i in members] for members in bins]
+        ids_BT, labels_BT, positions_BT, mask_BT = laid_out(filled, width, self.pad_id)
+        batch = {"input_ids": ids_BT, "labels": labels_BT, "n_tokens": torch.tensor(sum(lengths))}
+        return {**batch, "position_ids": positions_BT} if self.packing else {**batch, "attention_mask": mask_BT}
+
+
+def laid_out(
+    bins: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Conversations (token ids, labels) one behind the other in rows of this width: ids, labels, positions and mask,
+    all [B, T]. Positions begin at 0 with each conversation, and with the padding.
+    """
+    ids_BT, labels_BT = torch.full((len(bins), width), pad_id), torch.full((len(bins), width), IGNORED)
+    positions_BT, mask_BT = (torch.zeros(len(bins), width, dtype=torch.long) for _ in range(2))
+    for b, members in enumerate(bins):
+        at = 0
+        for ids, labels in members:
+            end = at + len(ids)
+            ids_BT[b, at:end] = torch.as_tensor(ids)
+            labels_BT[b, at:end] = torch.as_tensor(labels)
+            labels_BT[b, at] = IGNORED  # before the first token stands nothing, or another talk
+            positions_BT[b, at:end] = torch.arange(len(ids))
+            at = end
+        mask_BT[b, :at] = 1
+        positions_BT[b, at:] = torch.arange(width - at)
+    return ids_BT, labels_BT, positions_BT, mask_BT
 
 
 def packed(lengths: Sequence[int], at_most: int | None = None) -> tuple[list[list[int]], int]:

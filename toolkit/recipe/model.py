@@ -3,7 +3,6 @@
 `auto` stays the word here: what it becomes depends on the base and the machine, and is decided when both are known.
 """
 
-import unicodedata
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag
@@ -13,7 +12,7 @@ from pydantic_core import CoreSchema
 from toolkit.recipe.adapter import Adapter, Embedding, Full, Lora, PeftKind, Prefix, Reft
 from toolkit.recipe.candidates import Candidates
 from toolkit.recipe.combine import Combine
-from toolkit.recipe.section import AutoBool, AutoInt, AutoRate, Section, SomeStrings
+from toolkit.recipe.section import AutoBool, AutoInt, AutoRate, Section, SomeStrings, composed
 from toolkit.recipe.space import Range, Search
 from toolkit.recipe.track import Trackers
 
@@ -30,10 +29,6 @@ NOT_FOR_EXPERTS = {
 }
 DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))})
 REFUSED_SIGNS = ':/\\=,<>|"?*'
-
-
-def _nfc(value: object) -> object:
-    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
 def _is_run_name(name: str) -> str:
@@ -75,7 +70,7 @@ def _is_expert_name(name: str) -> str:
     return name
 
 
-RunName = Annotated[str, Field(min_length=1), BeforeValidator(_nfc), AfterValidator(_is_run_name)]
+RunName = Annotated[str, Field(min_length=1), BeforeValidator(composed), AfterValidator(_is_run_name)]
 ExpertName = Annotated[RunName, AfterValidator(_is_expert_name)]
 Column = Annotated[str, Field(min_length=1), AfterValidator(_is_path_of_columns)]
 

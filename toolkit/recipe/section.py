@@ -1,5 +1,6 @@
 """What every recipe section shares: its base class and the types of values that are not a plain number or text."""
 
+import unicodedata
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -12,6 +13,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     called: ClassVar[str] = "a recipe"
+
+
+def composed(value: object) -> object:
+    """A text with every Hangul syllable composed; anything else as it is."""
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
 def _text_or_value(value: object) -> str:

@@ -80,13 +80,13 @@ class Storage:
             self.clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def reach_now(self, what: Callable[[], T], otherwise: T) -> T:
-        """What `what` returns, or `otherwise` when the storage cannot be reached or written just now."""
+    def reach_now(self, what: Callable[[], T]) -> T | None:
+        """What `what` returns, or None when the storage cannot be reached or written just now."""
         try:
             failed = self._try(what)
         except DiskError:
-            return otherwise
-        return failed.value if isinstance(failed, _Done) else otherwise
+            return None
+        return failed.value if isinstance(failed, _Done) else None
 
     def _try(self, what: Callable[[], Any]) -> "_Done | BaseException":
         """The result, or the failure of a storage that may come back."""

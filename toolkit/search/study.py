@@ -283,8 +283,8 @@ class Study:
         if now - self._looked >= LOOK_S:
             self._looked = now
             if now - self._beaten >= BEAT_S:
-                self._storage.reach_now(self._beat, None)
-            self._storage.reach_now(self._find_lost, None)
+                self._storage.reach_now(self._beat)
+            self._storage.reach_now(self._find_lost)
         found, self._lost = self._lost, []
         return found
 
@@ -358,21 +358,11 @@ class Study:
 
     def glance(self) -> tuple[list[FrozenTrial], float | None] | None:
         """The trials and what is left of the minutes, for one who looks on; None where the storage is away."""
-        return self._storage.reach_now(lambda: (_tried(self._all()), self._left()), None)
+        return self._storage.reach_now(lambda: (_tried(self._all()), self._left()))
 
     def best(self) -> FrozenTrial | None:
         """The trial that was trained to the end with the lowest loss, or None."""
         return ledger.best(self._storage.reach(self._all))
-
-    def others_running(self) -> bool:
-        """Whether another living worker is at a trial."""
-
-        def look() -> bool:
-            dead = self._watch.dead(self._workers())
-            owners = {trial.user_attrs[WORKER] for trial in ledger.running(self._all())}
-            return bool(owners - dead - {self.worker.name})
-
-        return self._storage.reach(look)
 
     def reach(self, call: Callable[[], T]) -> T:
         """Something else that is read from the study, with the same patience. Raises SearchError."""
@@ -380,7 +370,7 @@ class Study:
 
     def leave(self) -> None:
         """Tell that this worker goes, so that nobody waits for it: what it did not end is asked again elsewhere."""
-        self._storage.reach_now(lambda: self._beat(has_left=True), None)
+        self._storage.reach_now(lambda: self._beat(has_left=True))
         self._storage.close()
 
     def _all(self) -> list[FrozenTrial]:

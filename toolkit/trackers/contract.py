@@ -1,11 +1,13 @@
 """What a tracker promises, and what it is told of its run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 END_SECONDS = 5.0  # how long a tracker may take to end
+OF_A_LINE = frozenset({"step", "time"})  # of metrics.jsonl: what is no number of the run
+OF_THE_END = "test/"  # how numbers begin that are measured once all is learned, and anew in a run that goes on
 # How the numbers of several that learn in one run begin; a name follows, and each counts its own steps.
 LOSS_OF, VALID_LOSS_OF, OF_GATE = "loss/", "valid_loss/", "gate/"
 
@@ -26,18 +28,34 @@ class Cells:
 
 @dataclass(frozen=True)
 class About:
-    """The run that is tracked. config: flat, recipe keys and hashes; from_step: earlier steps were told before.
+    """The run that is tracked. config: flat, recipe keys and hashes.
 
-    group and job: what the run belongs together with, and what it does in it. options: what the recipe says of this
-    tracker beside its name.
+    told: of a run that goes on, the lines of metrics.jsonl that stay, each with its `step` and `time`: nothing of them
+    is told again. gone: those that do not, because their steps are taken once more and told then. A tracker shows every
+    number once all the same. group and job: what the run belongs together with, and what it does in it. options: what
+    the recipe says of this tracker beside its name.
     """
 
     path: Path
     config: Mapping[str, Any]
-    from_step: int
     group: str
     job: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    told: Sequence[Mapping[str, float]] = ()
+    gone: Sequence[Mapping[str, float]] = ()
+
+
+def numbers_of(line: Mapping[str, float]) -> dict[str, float]:
+    """What a line of metrics.jsonl tells of its step."""
+    return {name: of for name, of in line.items() if name not in OF_A_LINE}
+
+
+def last_steps(lines: Iterable[Mapping[str, float]]) -> dict[str, int]:
+    """The highest step of each number in these lines."""
+    found: dict[str, int] = {}
+    for line in lines:
+        found |= {name: max(int(line["step"]), found.get(name, -1)) for name in numbers_of(line)}
+    return found
 
 
 class Tracker(Protocol):

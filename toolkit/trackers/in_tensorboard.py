@@ -1,12 +1,16 @@
-"""TensorBoard event files in the run folder: scalars, texts, and hparams with what came out."""
+"""TensorBoard event files in the run folder: scalars, texts, and hparams with what came out.
+
+A process that is killed leaves steps that are taken again, and keeps others back that it had not written yet. So a run
+that goes on begins a new file, which hides all that earlier ones hold and says again what stays of it.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.trackers.contract import About, Cells
+from toolkit.trackers.contract import OF_THE_END, About, Cells, numbers_of
 
-OUTCOMES = ("test/", "valid_loss", "search/loss")  # what the hparams page may sort by
+OUTCOMES = (OF_THE_END, "valid_loss", "search/loss")  # what the hparams page may sort by
 
 
 class TensorBoard:
@@ -15,15 +19,21 @@ class TensorBoard:
     def __init__(self, about: About) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = about.from_step + 1 if about.from_step > 0 else None
-        self._writer = SummaryWriter(str(about.path / "tensorboard"), purge_step=purge)
+        folder = about.path / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=0 if any(folder.glob("events.*")) else None)
         self._config = dict(about.config)
         self._last: dict[str, float] = {}
+        for line in about.told:
+            self._add(int(line["step"]), numbers_of(line), line.get("time"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar a name."""
+        self._add(step, values, None)
+
+    def _add(self, step: int, values: Mapping[str, float], time: float | None) -> None:
+        """time: in seconds, None for now."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, walltime=time)
             if name.startswith(OUTCOMES):
                 self._last[name] = value
 

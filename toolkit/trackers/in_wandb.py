@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import disk
-from toolkit.trackers.contract import END_SECONDS, LOSS_OF, OF_GATE, VALID_LOSS_OF, About, Cells
+from toolkit.trackers.contract import END_SECONDS, LOSS_OF, OF_GATE, VALID_LOSS_OF, About, Cells, last_steps
 
 RUN_ID = "wandb/run_id"  # in the run folder: the wandb run that this run goes on in
 START_SECONDS = 10.0
@@ -20,7 +20,9 @@ OF_SEVERAL = (LOSS_OF, VALID_LOSS_OF, OF_GATE)
 
 
 class Wandb:
-    """Keeps the promises of Tracker. A run that goes on keeps its wandb run."""
+    """Keeps the promises of Tracker. A run that goes on keeps its wandb run, and what that was told: it is not told
+    again.
+    """
 
     def __init__(self, about: About) -> None:
         import wandb
@@ -49,10 +51,14 @@ class Wandb:
             settings=settings,
         )
         self._has_own_steps = False
+        self._known = last_steps(about.gone)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One row of history. wandb's steps only grow, while of several that learn each counts its own: theirs stand
         beside the numbers."""
+        values = {name: of for name, of in values.items() if step > self._known.get(name, -1)}
+        if not values:
+            return
         if not any(name.startswith(OF_SEVERAL) for name in values):
             self._run.log(dict(values), step=self._at(step))
             return
