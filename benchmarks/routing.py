@@ -1,13 +1,16 @@
 """Whether a router knows which of four voices a conversation is for, and what it does with text that is for none.
 
-    python benchmarks/routing.py [--seeds 0 1 2] [--data FOLDER] [--part test] [--rounds 30]   (about 10 minutes)
+    python benchmarks/routing.py [--seeds 0 1 2] [--kinds classifier] [--data FOLDER] [--part test] [--rounds 30]
 
-The experts are data/talk's voices, split as a run splits them (toolkit.corpus.gather); routers learn from train alone.
-Measured on the held-out part, after one and after three user turns (talks that have as many), per language and pooled
-over the seeds: accuracy (a row sent to `other` is wrong), beside naive Bayes over character n-grams that learnt the
-first one or three turns of the same talk; calibration error; rows sent to `other`. Then text that is for none, which no
-router has seen: 500 lines of translation/ko_en, Korean and English, and of classification/nsmc (valid files). Last the
-router's time against the time to first token, interleaved, on spoken-mini and on a random Llama of 135 M.
+About a minute and a half for each seed and kind, and one for the times. The experts are data/talk's voices, split as a
+run splits them (toolkit.corpus.gather); routers learn from train alone. Measured on the held-out part, after one and
+after three user turns (talks that have as many), per language and pooled over the seeds: accuracy (a row sent to
+`other` is wrong) with its 95 % interval (talks drawn with replacement), beside naive Bayes over character n-grams that
+learnt the first one or three turns of the same talk, from both languages at once and from its own alone: the better of
+the two is what counts. Calibration error, beside what a perfectly calibrated router would show on as many rows; rows
+sent to `other`. Then text that is for none, which no router has seen: 500 lines of translation/ko_en, Korean and
+English, and of classification/nsmc (valid files). Last the router's time against the time to first token, interleaved,
+on spoken-mini and on a random Llama of 135 M.
 Hyperparameters were chosen without the test part; `--part valid` measures on valid. Goes on where an earlier call
 stopped (benchmarks/runs/routing.json has every row). Stops with the reason where the data is not there. Figures go to
 benchmarks/routing.json.
@@ -25,8 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from machine import load, save, say, spread, surroundings
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 from stack import make_base  # the random Llama of 135 M
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +39,7 @@ WORK = ROOT / "benchmarks" / "runs" / "routing.py"
 sys.path.insert(0, str(ROOT))
 
 from toolkit.bases.load import LoadedBase, load_base  # noqa: E402
-from toolkit.combine.route import Router  # noqa: E402
+from toolkit.combine.route import VERSION, Kind, Router  # noqa: E402
 from toolkit.corpus.gather import Corpus, gather  # noqa: E402
 from toolkit.corpus.render import Renderer  # noqa: E402
 from toolkit.corpus.talk import Talk, Turn  # noqa: E402
@@ -49,6 +54,8 @@ VOICES = ("casual", "polite", "teacher", "listener")
 LANGUAGES = ("ko", "en")
 TURNS = (1, 3)
 KINDS = ("classifier", "centroid")
+PLAIN = ("naive Bayes", "naive Bayes, own language")  # what is to be beaten
+N_DRAWS = 1000
 LABELS = [*VOICES, OTHER]
 PAIRS, REVIEWS = "translation/ko_en.valid.jsonl.gz", "classification/nsmc_sentiment_ko.valid.jsonl.gz"
 N_LINES = 500
@@ -83,86 +90,150 @@ def chances(router: Router, base: LoadedBase, texts: Sequence[Sequence[Turn]]) -
     return [dict(zip(LABELS, row, strict=True)) for row in rows]
 
 
+def plain_chances(corpus: Corpus, talks: Sequence[Talk], n: int) -> dict[str, list[dict[str, float]]]:
+    """Naive Bayes over the first `n` user turns, by what it learnt from: all talk, and that of the same language."""
+    told: dict[str, list[dict[str, float]]] = {name: [{}] * len(talks) for name in PLAIN}
+    for name, langs in ((PLAIN[0], LANGUAGES), *((PLAIN[1], (lang,)) for lang in LANGUAGES)):
+        known = [talk for talk in corpus.train if talk.lang in langs]
+        places = [at for at, talk in enumerate(talks) if talk.lang in langs]
+        learned, asked = ([_said(talk, n) for talk in some] for some in (known, [talks[at] for at in places]))
+        for at, of in zip(places, naive_bayes(learned, list(map(voice_of, known)), asked, VOICES), strict=True):
+            told[name][at] = of
+    return told
+
+
+def _said(talk: Talk, n: int) -> str:
+    return "\n".join(turn.content for turn in users(talk, n))
+
+
 def held_rows(corpus: Corpus, part: str, routers: dict[str, Router], base: LoadedBase) -> list[Row]:
     """What every router, and naive Bayes, says to every held-out talk after one and three user turns."""
     rows: list[Row] = []
     for n in TURNS:
         talks = [talk for talk in getattr(corpus, part) if len(users(talk, n)) == n]
-        texts = [users(talk, n) for talk in talks]
-        known = ["\n".join(turn.content for turn in users(talk, n)) for talk in corpus.train]
-        said = ["\n".join(turn.content for turn in text) for text in texts]
-        told = {"naive Bayes": naive_bayes(known, [voice_of(talk) for talk in corpus.train], said, VOICES)}
-        told |= {kind: chances(router, base, texts) for kind, router in routers.items()}
+        told = plain_chances(corpus, talks, n)
+        told |= {kind: chances(router, base, [users(talk, n) for talk in talks]) for kind, router in routers.items()}
         for at, talk in enumerate(talks):
             of = {name: {k: round(v, 5) for k, v in said[at].items()} for name, said in told.items()}
-            rows.append({"turns": n, "lang": talk.lang, "gold": voice_of(talk), "chances": of})
+            rows.append({"talk": talk.source, "turns": n, "lang": talk.lang, "gold": voice_of(talk), "chances": of})
     return rows
 
 
-def one_seed(seed: int, part: str, base: LoadedBase, away: dict[str, list[str]]) -> dict[str, Any]:
-    """Train both routers on a split and ask them."""
+def one_seed(seed: int, part: str, kinds: Sequence[Kind], base: LoadedBase, away: dict[str, list[str]]) -> Row:
+    """Train the routers on a split and ask them."""
     corpus = gather(Data(train=tuple(f"maltu:talk/{v}.{lang}.jsonl" for v in VOICES for lang in LANGUAGES)), seed, None)
     talks = {voice: [talk for talk in corpus.train if voice_of(talk) == voice] for voice in VOICES}
-    routers, reports, seconds = {}, {}, {}
-    for kind in KINDS:
+    routers: dict[str, Router] = {}
+    found: Row = {"unrelated": {}, "reports": {}, "training_seconds": {}}
+    for kind in kinds:
         started = time.perf_counter()
-        routers[kind], reports[kind] = train_router(base, talks, kind=kind, seed=seed)
-        seconds[kind] = round(time.perf_counter() - started, 1)
-    sent: dict[str, dict[str, float]] = {}
-    for kind, router in routers.items():
-        sent[kind] = {}
+        routers[kind], found["reports"][kind] = train_router(base, talks, kind=kind, seed=seed)
+        found["training_seconds"][kind] = round(time.perf_counter() - started, 1)
+        sent = found["unrelated"][kind] = {}
         for name, texts in away.items():
-            told = chances(router, base, [[Turn("user", text)] for text in texts])
-            sent[kind][name] = statistics.mean(max(of, key=of.__getitem__) == OTHER for of in told)
-    return {
-        "rows": held_rows(corpus, part, routers, base),
-        "unrelated": sent,
-        "reports": reports,
-        "training_seconds": seconds,
-    }
+            told = chances(routers[kind], base, [[Turn("user", text)] for text in texts])
+            sent[name] = statistics.mean(max(of, key=of.__getitem__) == OTHER for of in told)
+    return {"rows": held_rows(corpus, part, routers, base), **found}
 
 
-def numbers(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    """Accuracy, calibration error and share of other of one contestant."""
+def drawn(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Places of rows, N_DRAWS times over: talks drawn with replacement, a talk with all its rows."""
+    of_talk: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        of_talk.setdefault(row["talk"], []).append(at)
+    groups = [np.array(places) for places in of_talk.values()]
+    noise = np.random.default_rng(0)
+    return [
+        np.concatenate([groups[at] for at in noise.integers(len(groups), size=len(groups))]) for _ in range(N_DRAWS)
+    ]
+
+
+def bounds(values: Sequence[float]) -> list[float]:
+    """Where 95 % of the drawn values lie."""
+    return [round(float(value), 4) for value in np.percentile(values, [2.5, 97.5])]
+
+
+def right(rows: Sequence[Row], name: str) -> np.ndarray:
+    """For each row whether a contestant named its voice."""
+    return np.array([max(of := row["chances"][name], key=of.__getitem__) == row["gold"] for row in rows], dtype=float)
+
+
+def numbers(rows: Sequence[Row], name: str, draws: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Accuracy, calibration error and share of other of one contestant, with intervals."""
     gold = [row["gold"] for row in rows]
     told = [row["chances"][name] for row in rows]
     said = [max(of, key=of.__getitem__) for of in told]
     labels = [label for label in LABELS if label in told[0]]
+    hit = right(rows, name)
+    noise = random.Random(0)
+    perfect = []
+    for _ in range(20):
+        as_told = [noise.choices(list(of), list(of.values()))[0] for of in told]
+        perfect.append(expected_calibration_error(as_told, told))
     return {
         "n": len(rows),
         "accuracy": round(accuracy(gold, said), 4),
+        "accuracy_bounds": bounds([hit[places].mean() for places in draws]),
         "calibration_error": round(expected_calibration_error(gold, told), 4),
+        "calibration_error_if_perfect": round(statistics.mean(perfect), 4),
         "other": round(said.count(OTHER) / len(said), 4),
         "confusion": confusion(gold, said, labels),
     }
 
 
-def summary(seeds: dict[str, Any]) -> dict[str, Any]:
+def compared(rows: Sequence[Row], kinds: Sequence[str], where: str, goal: float | None) -> dict[str, Any]:
+    """`numbers` of every contestant, and by how much each router is above the better naive Bayes; printed."""
+    draws = drawn(rows)
+    of = {name: numbers(rows, name, draws) for name in (*PLAIN, *kinds)}
+    plain = max(PLAIN, key=lambda name: of[name]["accuracy"])
+    for name, told in of.items():
+        low, high = told["accuracy_bounds"]
+        line = f"{where:<13}{name:<27}{told['n']:>5} rows  accuracy {told['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+        if name in kinds:
+            more = right(rows, name) - right(rows, plain)
+            told["above"], told["above_bounds"] = round(float(more.mean()), 4), bounds([more[d].mean() for d in draws])
+            low, high = told["above_bounds"]
+            line += (
+                f"{'' if goal is None else f' goal {goal}'}, {told['above']:+.3f} ({low:+.3f} to {high:+.3f}), "
+                f"calibration error {told['calibration_error']:.3f} (a perfect router's "
+                f"{told['calibration_error_if_perfect']:.3f}), to other {told['other']:.3f}"
+            )
+        say(line)
+    return of
+
+
+def summary(seeds: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     """Everything over all seeds together, printed and returned."""
     rows = [row for of in seeds.values() for row in of["rows"]]
     found: dict[str, Any] = {}
     for n in TURNS:
         for lang in (*LANGUAGES, "both"):
             mine = [row for row in rows if row["turns"] == n and lang in (row["lang"], "both")]
-            of = {name: numbers(mine, name) for name in ("naive Bayes", *KINDS)}
-            found[f"after {n} {lang}"] = of
-            plain = of["naive Bayes"]["accuracy"]
-            for name, told in of.items():
-                say(
-                    f"after {n} {lang:<5}{name:<12}{told['n']:>5} rows  accuracy {told['accuracy']:.3f} "
-                    f"({told['accuracy'] - plain:+.3f})  calibration error {told['calibration_error']:.3f}  "
-                    f"to other {told['other']:.3f}"
-                )
-    for kind in KINDS:
+            goal = None if lang == "both" else GOALS["after"][n]
+            found[f"after {n} {lang}"] = compared(mine, kinds, f"after {n} {lang}", goal)
+    for kind in kinds:
         for name in next(iter(seeds.values()))["unrelated"][kind]:
             shares = [of["unrelated"][kind][name] for of in seeds.values()]
-            found[f"unrelated {name} {kind}"] = round(statistics.mean(shares), 4)
-            say(f"unrelated {name:<9}{kind:<12}to other {spread(shares)} (goal {GOALS['unrelated']})")
+            told = shared(statistics.mean(shares), N_LINES)
+            found[f"unrelated {name} {kind}"] = told
+            low, high = told["bounds"]
+            say(
+                f"unrelated {name:<9}{kind:<12}to other {told['share']:.3f} ({low:.3f} to {high:.3f}), seeds "
+                f"{spread(shares)} (goal {GOALS['unrelated']})"
+            )
         of_own = [row["chances"][kind] for row in rows]
         share = sum(max(of, key=of.__getitem__) == OTHER for of in of_own) / len(of_own)
-        found[f"in-domain to other {kind}"] = round(share, 4)
-        say(f"in-domain          {kind:<12}to other {share:.3f} (goal at most {GOALS['in other']})")
+        told = shared(share, len({row["talk"] for row in rows}))
+        found[f"in-domain to other {kind}"] = told
+        low, high = told["bounds"]
+        say(f"in-domain {kind:<12}to other {share:.3f} ({low:.3f} to {high:.3f}) (goal at most {GOALS['in other']})")
     return found
+
+
+def shared(share: float, n: int) -> dict[str, Any]:
+    """A share of `n` different texts with its interval (Wilson); seeds that saw the same texts do not narrow it."""
+    of = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return {"share": round(share, 4), "bounds": [round(float(of.low), 4), round(float(of.high), 4)], "n": n}
 
 
 def times(base: LoadedBase, rounds: int) -> dict[str, Any]:
@@ -216,15 +287,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the split and of training")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["classifier"], help="which routers")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of unrelated text")
     parser.add_argument("--part", choices=["test", "valid"], default="test", help="which held-out talk to judge by")
-    parser.add_argument("--rounds", type=int, default=30, help="conversations that time is measured on")
+    parser.add_argument("--rounds", type=int, default=30, help="conversations that time is measured on, 0 for none")
     asked = parser.parse_args()
     missing = [asked.data / file for file in (PAIRS, REVIEWS) if not (asked.data / file).exists()]
     if missing:
         say(f"skipped: {missing[0]} is not there. Name the folder that holds it with --data.")
         return
-    around = surroundings(("torch", "transformers", "scikit-learn", "numpy"))
+    around = surroundings(("torch", "transformers", "scikit-learn", "numpy")) | {"router": VERSION}
     say(f"{around}  seeds {asked.seeds}  part {asked.part}")
     WORK.parent.mkdir(exist_ok=True)
     results = load(str(WORK))
@@ -235,13 +307,14 @@ def main() -> None:
     away = unrelated(asked.data)
     seeds = results["parts"].setdefault(asked.part, {}).setdefault("seeds", {})
     for seed in asked.seeds:
-        if str(seed) not in seeds:
-            seeds[str(seed)] = one_seed(seed, asked.part, base, away)
+        if not set(asked.kinds) <= set(seeds.get(str(seed), {}).get("reports", {})):
+            seeds[str(seed)] = one_seed(seed, asked.part, asked.kinds, base, away)
             save(str(WORK), results)
         told = seeds[str(seed)]
-        say(f"seed {seed}: trained in {told['training_seconds']} s; {told['reports']['classifier']['all']}")
-    results["parts"][asked.part]["summary"] = summary({str(seed): seeds[str(seed)] for seed in asked.seeds})
-    if "times" not in results:
+        say(f"seed {seed}: trained in {told['training_seconds']} s; {told['reports'][asked.kinds[0]]['all']}")
+    used = {str(seed): seeds[str(seed)] for seed in asked.seeds}
+    results["parts"][asked.part]["summary"] = summary(used, asked.kinds)
+    if asked.rounds and "times" not in results:
         results["times"] = times(base, asked.rounds)
     save(str(WORK), results)
     save(__file__, {**results, "parts": {part: without_rows(of) for part, of in results["parts"].items()}})

@@ -9,14 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertModel
 
 from tests.router_world import save_bert, spaced
 from tests.stacked_world import BASES, make_base
 from toolkit.combine import route_encoder
-from toolkit.combine.route import FACTS, WEIGHTS, Choice, Router, chances_of, choose, shapes
+from toolkit.combine.route import FACTS, PLAIN, WEIGHTS, Choice, Router, chances_of, choose, shapes
 from toolkit.combine.route_encoder import open_encoder
-from toolkit.combine.route_features import N_TOKENS, hidden, last_user_turns, pieces, states_after
+from toolkit.combine.route_features import (
+    N_ALL,
+    N_BUCKETS,
+    N_TOKENS,
+    hidden,
+    last_user_turns,
+    pieces,
+    states_after,
+)
+from toolkit.combine.route_style import N_MANNERS, signs
 from toolkit.corpus.talk import Turn
 from toolkit.errors import BaseError, InputError, RunError
 
@@ -138,9 +148,22 @@ def test_the_opening_token_says_nothing_of_a_text() -> None:
 
 def test_pieces_are_counted_the_same_on_every_machine() -> None:
     found = pieces(["오늘 뭐 먹지?", "", "a1 a2"])
-    assert found.sizes.tolist() == [29, 0, 11]
+    spelled = found.buckets < N_BUCKETS
+    assert np.bincount(found.rows[spelled]).tolist() == [29, 0, 11]
     assert found.buckets[:4].tolist() == [823, 1886, 12147, 12379]
-    assert np.array_equal(pieces(["A1  a2"]).buckets, found.buckets[29:])
+    again = pieces(["A1  a2"]).buckets
+    assert np.array_equal(again[again < N_BUCKETS], found.buckets[spelled][29:])
+
+
+def test_signs_stand_behind_the_pieces_and_make_nothing_familiar() -> None:
+    text = "오늘 뭐 먹지?"
+    found = pieces([text])
+    behind = found.buckets[found.buckets >= N_BUCKETS] - N_BUCKETS
+    assert behind.tolist() == sorted(signs(text)) and found.buckets.max() < N_ALL
+    known = torch.zeros(N_BUCKETS)
+    known[torch.from_numpy(found.buckets[found.buckets < N_BUCKETS])] = 9.0
+    assert found.familiarity(known)[0, 1:].tolist() == [0.0, 0.0]
+    assert pieces([""]).familiarity(known).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_digits_are_alike_inside_words() -> None:
@@ -152,7 +175,7 @@ def test_pieces_do_not_depend_on_their_neighbours() -> None:
     together = pieces(["오늘 뭐 먹지?", "비 온다"])
     alone = pieces(["비 온다"])
     assert np.array_equal(together.buckets[together.starts[1] :], alone.buckets)
-    weighed = together.weighed(torch.ones(2**16))
+    weighed = together.weighed(torch.ones(N_ALL))
     assert weighed[: together.starts[1]].square().sum().item() == pytest.approx(1.0)
 
 
@@ -163,6 +186,19 @@ def test_calibration_divides_and_shifts() -> None:
     wary = chances_of(scores, torch.tensor([1.0, 1.0, 8.0]))
     assert plain[0, 0] > soft[0, 0] > soft[0, 1] > plain[0, 1]
     assert wary[0, 2] > plain[0, 2]
+
+
+def test_each_text_is_calibrated_by_its_manner() -> None:
+    base = make_base()
+    router = random_router(base)
+    latin = [Turn("user", "how long"), Turn("user", "to boil eggs")]
+    asked = [latin[:1], latin, [Turn("user", "말5 말6")], ASKED]
+    numbers = hidden(base, spaced(), [last_user_turns(talk) for talk in asked])
+    chances = router.probabilities(base, spaced(), asked)
+    for at, talk in enumerate(asked):
+        scores = router.scores(pieces([last_user_turns(talk)]), numbers[at : at + 1])
+        alone = chances_of(scores, router.tensors["calibration"][at])
+        assert torch.allclose(chances[at], alone[0], rtol=0, atol=1e-5)
 
 
 # The folder
@@ -180,6 +216,26 @@ def test_a_router_of_another_base_is_refused(tmp_path: Path) -> None:
     assert Router.load(tmp_path / "router", "그 베이스").experts == EXPERTS
     with pytest.raises(RunError, match="another base"):
         Router.load(tmp_path / "router", "딴 베이스")
+
+
+def test_a_router_saved_before_there_were_signs_says_what_it_said(tmp_path: Path) -> None:
+    base = make_base()
+    router = random_router(base)
+    now = dict(router.tensors)
+    now["rarity"][N_BUCKETS:] = 0.0
+    now["calibration"] = now["calibration"][:1].repeat(N_MANNERS, 1)
+    same = Router(router.kind, router.experts, router.width, router.base_hash, now)
+    then = now | {"rarity": now["rarity"][:N_BUCKETS], "pieces": now["pieces"][:N_BUCKETS]}
+    then["calibration"] = now["calibration"][0]
+    same.save(tmp_path / "router")
+    path = tmp_path / "router" / FACTS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": PLAIN}))
+    with pytest.raises(RunError, match=r"rarity is .*has \[65536\]"):
+        Router.load(tmp_path / "router")
+    save_file({name: tensor.contiguous() for name, tensor in then.items()}, tmp_path / "router" / WEIGHTS)
+    asked = [ASKED, [Turn("user", "Who are you?")]]
+    read = Router.load(tmp_path / "router").probabilities(base, spaced(), asked)
+    assert torch.equal(read, same.probabilities(base, spaced(), asked))
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
@@ -209,7 +265,7 @@ def test_a_damaged_folder_is_told(case: str, tmp_path: Path) -> None:
     [
         ("version", 99, "version 99"),
         ("experts", ["casual"], "damaged"),
-        ("experts", ["casual", "polite"], r"pieces is torch.float32 \[65536, 5\]; a router of 2 experts"),
+        ("experts", ["casual", "polite"], r"pieces is torch.float32 \[\d+, 5\]; a router of 2 experts"),
         ("kind", "llm", "damaged"),
         ("width", "64", "damaged"),
         ("buckets", 5, "damaged"),

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.router_world import save_bert, tiny_base
-from toolkit.combine.route import KINDS, STRANGE, Router
+from toolkit.combine.route import KINDS, STRANGE, Router, chances_of
+from toolkit.combine.route_features import N_ALL
+from toolkit.combine.route_style import N_MANNERS, manners
 from toolkit.corpus.talk import Talk, Turn
 from toolkit.ensemble import router_rows
 from toolkit.ensemble.router import Design, fit, folds, train_router
@@ -60,7 +62,7 @@ def test_a_router_learns_who_is_asked(kind: Any) -> None:
     assert chances[0, 0] > chances[0, 1] and chances[1, 1] > chances[1, 0]
     assert report["labels"] == ["요리", "수학", OTHER] and report["kind"] == kind
     assert report["after 1"]["n"] == 40 and report["all"]["n"] == 120 and report["after 1"]["accuracy"] > 0.85
-    assert report["all"]["other"] <= 2 * TURNED_AWAY and report["strangers sent to other"] > 0.6
+    assert report["all"]["other"] <= 2 * TURNED_AWAY[0] and report["strangers sent to other"] > 0.6
     assert report["milliseconds"] > 0
     json.dumps(report, allow_nan=False)
 
@@ -71,7 +73,7 @@ def test_three_experts_and_the_same_seed_give_the_same_router() -> None:
     one, _ = train_router(tiny_base(), talks, seed=3)
     other, _ = train_router(tiny_base(), talks, seed=3)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert one.tensors["pieces"].shape == (2**16, 3 + STRANGE)
+    assert one.tensors["pieces"].shape == (N_ALL, 3 + STRANGE)
 
 
 def test_an_encoder_of_the_users_own_is_read_instead_of_the_base(tmp_path: Path) -> None:
@@ -205,13 +207,33 @@ def test_calibration_turns_the_promised_share_away_and_softens_what_is_too_sure(
     far = torch.cat([torch.zeros(n, 2), strange + 4.0], dim=1)
     scores = torch.cat([torch.cat([sure, strange], dim=1), far])
     rows = Rows([""] * 2 * n, [*owner.tolist(), *[2] * n], [*range(n), *[-1] * n], [1] * n + [0] * n, [1.0] * 2 * n)
-    from toolkit.combine.route import chances_of
-
-    chances = chances_of(scores, calibrate(scores, rows, 2))
+    chances = chances_of(scores, calibrate(scores, rows, 2)[0])
     report = report_of(chances, rows, ["요리", "수학"])
-    assert report["after 1"]["other"] == pytest.approx(TURNED_AWAY, abs=0.01)
+    assert report["after 1"]["other"] == pytest.approx(TURNED_AWAY[0], abs=0.01)
     assert report["after 1"]["calibration_error"] < 0.06
     assert report["strangers sent to other"] > 0.8
+
+
+def test_each_manner_is_calibrated_by_itself_where_it_has_enough_texts() -> None:
+    noise = torch.Generator().manual_seed(0)
+    n = 1200
+    owner = torch.randint(0, 2, (n,), generator=noise)
+    texts = ["오늘 뭐 먹지?", "오늘 뭐 먹지?\n배고파", "so tired today"] * (n // 3)
+    wrong = torch.rand(n, generator=noise) < torch.tensor([0.1, 0.1, 0.4]).repeat(n // 3)
+    sure = 3.0 * torch.nn.functional.one_hot(owner ^ wrong.long(), 2)
+    strange = torch.randn(n, STRANGE, generator=noise)
+    scores = torch.cat([torch.cat([sure, strange], dim=1), torch.cat([torch.zeros(n, 2), strange + 4.0], dim=1)])
+    rows = Rows(texts * 2, [*owner.tolist(), *[2] * n], [*range(n), *[-1] * n], [1] * n + [0] * n, [1.0] * 2 * n)
+    calibration = calibrate(scores, rows, 2)
+    assert calibration.shape == (N_MANNERS, 3)
+    of = manners(rows.texts)
+    assert calibration[of[2], 0] > 2 * calibration[of[0], 0]
+    told = report_of(chances_of(scores, calibration[of]), rows, ["요리", "수학"])
+    assert told["all"]["calibration_error"] < 0.06
+    away = (chances_of(scores, calibration[of])[:n].argmax(1) == 2).reshape(-1, 3).float().mean(0)
+    assert away[0] == pytest.approx(TURNED_AWAY[0], abs=0.01) and away[1] == pytest.approx(TURNED_AWAY[1], abs=0.01)
+    unseen = int((set(range(N_MANNERS)) - set(of.tolist())).pop())
+    assert calibration[of[0], 0] < calibration[unseen, 0] < calibration[of[2], 0]
 
 
 def test_a_report_counts_what_was_sent_to_nobody_as_wrong() -> None:

@@ -6,7 +6,7 @@ and needs torch and numpy alone.
 """
 
 # C conversations, E experts, S kinds of text that is no expert's, M = E + S, F numbers of the dense kind (hidden states
-# or an embedding), G buckets.
+# or an embedding), G buckets, of them L of pieces of words, A manners.
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,21 @@ from toolkit.adapters import anatomy
 from toolkit.combine.route_encoder import Encoder, open_encoder
 from toolkit.combine.route_features import (
     FARTHEST,
+    N_ALL,
     N_BUCKETS,
     Pieces,
     hidden,
     last_user_turns,
     pieces,
 )
+from toolkit.combine.route_style import N_MANNERS, N_SIGNS, manners
 from toolkit.corpus.talk import Turn
 from toolkit.errors import InputError, Problem, RunError
 
 Kind = Literal["centroid", "classifier", "embedding"]
 KINDS: tuple[Kind, ...] = ("centroid", "classifier", "embedding")
-VERSION = 1
+VERSION = 2
+PLAIN = 1  # an older version: knew no signs, and one calibration for all texts
 WEIGHTS, FACTS = "router.safetensors", "router.json"
 BASE = "base"  # what the bare base is called among weights, and as a default
 FAMILIAR = 3  # numbers that say how familiar a text is
@@ -51,9 +54,9 @@ class Router:
 
     base_hash: of the base whose hidden states it was trained on, "" where it reads none. width: F. encoder: where the
     encoder of kind embedding lies, as the user named it, and the hash of its files.
-    tensors: `rarity` [G], `known` [G] (how many talks of the experts hold a bucket), `pieces` [G, M], `mean` and
-    `scale` [F], `numbers` [F, M], `familiar` [3, M], `bias` [M], `calibration` [3]. The M columns are a score for each
-    expert, then one for each kind of text that is no expert's, against all experts together.
+    tensors: `rarity` [G], `known` [L] (how many talks of the experts hold a piece), `pieces` [G, M], `mean` and
+    `scale` [F], `numbers` [F, M], `familiar` [3, M], `bias` [M], `calibration` [A, 3]. The M columns are a score for
+    each expert, then one for each kind of text that is no expert's, against all experts together.
     """
 
     kind: Kind
@@ -79,10 +82,12 @@ class Router:
 
     def of_texts(self, texts: Sequence[str], numbers_CF: Tensor) -> Tensor:
         """`probabilities` of texts whose dense numbers are known."""
-        chances = chances_of(self.scores(pieces(texts), numbers_CF), self.tensors["calibration"])
-        silent = torch.tensor([not text for text in texts])
-        chances[silent] = 0.0
-        chances[silent, -1] = 1.0
+        scores = self.scores(pieces(texts), numbers_CF)
+        chances = chances_of(scores, self.tensors["calibration"][manners(texts)])
+        if not all(texts):
+            silent = torch.tensor([not text for text in texts])
+            chances[silent] = 0.0
+            chances[silent, -1] = 1.0
         return chances
 
     def numbers(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -134,7 +139,7 @@ class Router:
         """
         facts = _read_facts(folder)
         experts = tuple(facts["experts"])
-        tensors = _read_tensors(folder, len(experts), facts["width"])
+        tensors = _read_tensors(folder, len(experts), facts["width"], facts["version"])
         named = facts["encoder"]
         if base_hash is not None and named is None and facts["base"] != base_hash:
             raise RunError(
@@ -159,16 +164,16 @@ def standard(numbers_CF: Tensor, mean_F: Tensor, scale_F: Tensor) -> Tensor:
     return ((numbers_CF - mean_F) * scale_F).clamp(-far, far)
 
 
-def chances_of(scores_CM: Tensor, calibration: Tensor) -> Tensor:
+def chances_of(scores_CM: Tensor, calibration_C3: Tensor) -> Tensor:
     """Chances from scores, [C, E+1]: whether the text is an expert's at all, and whose.
 
-    calibration: what scores of experts are divided by (temperature), then the slope and the shift of the score of being
-    nobody's, which is the logarithm of the summed exponentials of its kinds.
+    calibration_C3: for each text (or for all, [3]) what scores of experts are divided by (temperature), then the slope
+    and the shift of the score of being nobody's, which is the logarithm of the summed exponentials of its kinds.
     """
-    temperature, slope, shift = calibration.tolist()
+    temperature_C1, slope_C1, shift_C1 = calibration_C3.reshape(-1, 3, 1).unbind(1)
     experts_CE, strange_CS = scores_CM[:, :-STRANGE], scores_CM[:, -STRANGE:]
-    nobody_C1 = torch.sigmoid(slope * torch.logsumexp(strange_CS, dim=1, keepdim=True) + shift)
-    return torch.cat([torch.softmax(experts_CE / temperature, dim=1) * (1.0 - nobody_C1), nobody_C1], dim=1)
+    nobody_C1 = torch.sigmoid(slope_C1 * torch.logsumexp(strange_CS, dim=1, keepdim=True) + shift_C1)
+    return torch.cat([torch.softmax(experts_CE / temperature_C1, dim=1) * (1.0 - nobody_C1), nobody_C1], dim=1)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -179,8 +184,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: there is no router ({FACTS} is missing). {_REMEDY}.") from None
     except (OSError, ValueError, KeyError, TypeError) as broken:
         raise RunError(f"{folder / FACTS}: damaged ({type(broken).__name__}: {broken}). {_REMEDY}.") from None
-    if version != VERSION:
-        raise RunError(f"{folder}: a router of version {version}; this Maltu reads {VERSION}. Train it again.")
+    if version not in (PLAIN, VERSION):
+        says = f"a router of version {version}; this Maltu reads {PLAIN} and {VERSION}. Train it again."
+        raise RunError(f"{folder}: {says}")
     experts, width, named = (facts.get(key) for key in ("experts", "width", "encoder"))
     is_right = (
         facts.get("kind") in KINDS
@@ -198,35 +204,50 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_tensors(folder: Path, n_experts: int, width: int) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, n_experts: int, width: int, version: int) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as broken:
         raise RunError(f"{path}: cannot be read ({type(broken).__name__}: {broken}). {_REMEDY}.") from None
-    for name, shape in shapes(n_experts, width).items():
+    wanted = shapes(n_experts, width)
+    if version == PLAIN:
+        columns = n_experts + STRANGE
+        wanted |= {"rarity": (N_BUCKETS,), "pieces": (N_BUCKETS, columns), "calibration": (3,)}
+    for name, shape in wanted.items():
         found = tensors.get(name)
         if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
             told = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
             raise RunError(f"{path}: {name} {told}; a router of {n_experts} experts has {list(shape)}. {_REMEDY}.")
         if not torch.isfinite(found).all():
             raise RunError(f"{path}: {name} holds numbers that are not finite. {_REMEDY}.")
-    return {name: tensors[name] for name in shapes(n_experts, width)}
+    read = {name: tensors[name] for name in wanted}
+    return _with_signs(read) if version == PLAIN else read
+
+
+def _with_signs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of version PLAIN in today's shapes, for the same chances: a sign weighs nothing."""
+    rarity, weights = tensors["rarity"], tensors["pieces"]
+    return tensors | {
+        "rarity": torch.cat([rarity, torch.zeros(N_SIGNS)]),
+        "pieces": torch.cat([weights, torch.zeros(N_SIGNS, weights.shape[1])]),
+        "calibration": tensors["calibration"].repeat(N_MANNERS, 1),
+    }
 
 
 def shapes(n_experts: int, width: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a router and their shapes."""
     columns = n_experts + STRANGE
     return {
-        "rarity": (N_BUCKETS,),
+        "rarity": (N_ALL,),
         "known": (N_BUCKETS,),
-        "pieces": (N_BUCKETS, columns),
+        "pieces": (N_ALL, columns),
         "mean": (width,),
         "scale": (width,),
         "numbers": (width, columns),
         "familiar": (FAMILIAR, columns),
         "bias": (columns,),
-        "calibration": (3,),
+        "calibration": (N_MANNERS, 3),
     }
 
 

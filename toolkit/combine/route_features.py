@@ -1,10 +1,11 @@
-"""What a router reads of a conversation: the last user turns, as hashed pieces of words and as hidden states.
+"""What a router reads of a conversation: the last user turns, as hashed pieces of words, as signs of how they are
+typed, and as hidden states.
 
 Of the base only the embedding and the first quarter of the layers run, over at most 64 tokens. The pieces are counted
-in buckets of a hash that is the same on every machine.
+in buckets of a hash that is the same on every machine; the signs have the buckets behind those.
 """
 
-# C conversations, T tokens, H hidden size, N pieces of all texts together, G buckets.
+# C conversations, T tokens, H hidden size, N pieces and signs of all texts together, G buckets, of them L of pieces.
 
 import itertools
 import math
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolkit.adapters import anatomy
+from toolkit.combine.route_style import N_SIGNS, signs
 from toolkit.corpus.talk import Turn
 
-N_BUCKETS = 2**16
+N_BUCKETS = 2**16  # of pieces
+N_ALL = N_BUCKETS + N_SIGNS
 N_TOKENS = 64  # of the last user turns, the opening token included
 N_CHARACTERS = 600  # of the last user turns, for the pieces
 CHARACTERS = (1, 2, 3, 4)  # n-grams
@@ -54,21 +57,28 @@ class Pieces:
     def weighed(self, rarity_G: Tensor) -> Tensor:
         """What each bucket counts, [N]: (1 + ln count) x rarity, every text's brought to length 1."""
         values = torch.from_numpy(1.0 + np.log(self.counts)) * rarity_G[torch.from_numpy(self.buckets)]
-        row = torch.from_numpy(np.repeat(np.arange(len(self.starts)), self.sizes))
+        row = torch.from_numpy(self.rows)
         length_C = torch.zeros(len(self.starts)).index_add_(0, row, values * values).sqrt().clamp_min(1e-9)
         return values / length_C[row]
 
-    def familiarity(self, known_G: Tensor, but_C: Tensor | None = None) -> Tensor:
-        """How well the experts' talks know each text, [C, 3]: the mean logarithm of how many hold a bucket, the share
-        of buckets that none holds, and that few hold. but_C: how many talks that hold all of a text do not count.
+    def familiarity(self, known_L: Tensor, but_C: Tensor | None = None) -> Tensor:
+        """How well the experts' talks know each text, [C, 3]: the mean logarithm of how many hold a piece, the share of
+        pieces that none holds, and that few hold. but_C: how many talks that hold all of a text do not count. Signs do
+        not count: there are few, and every talk holds them.
         """
-        known = known_G[torch.from_numpy(self.buckets)]
+        spelled = self.buckets < N_BUCKETS
+        row = torch.from_numpy(self.rows[spelled])
+        known = known_L[torch.from_numpy(self.buckets[spelled])]
         if but_C is not None:
-            known = known - but_C.repeat_interleave(torch.from_numpy(self.sizes))
+            known = known - but_C[row]
         told_N3 = torch.stack([torch.log(known.clamp_min(0) + 0.5) / 3, 2.0 * (known <= 0), 2.0 * (known <= RARE)], 1)
-        row = torch.from_numpy(np.repeat(np.arange(len(self.starts)), self.sizes))
         total_C3 = torch.zeros(len(self.starts), 3).index_add_(0, row, told_N3)
-        return total_C3 / torch.from_numpy(np.maximum(self.sizes, 1))[:, None]
+        return total_C3 / torch.bincount(row, minlength=len(self.starts)).clamp_min(1)[:, None]
+
+    @property
+    def rows(self) -> Ints:
+        """The text of every entry, [N]."""
+        return np.repeat(np.arange(len(self.starts)), self.sizes)
 
     @property
     def sizes(self) -> Ints:
@@ -79,9 +89,11 @@ class Pieces:
 
 def pieces(texts: Sequence[str]) -> Pieces:
     """Words, pairs of words, and n-grams of 1 to 4 characters inside words and at their edges, lower case, digits
-    alike; of the last N_CHARACTERS. Costs about 0.2 ms a text.
+    alike; and the signs of how it is typed (route_style.py); of the last N_CHARACTERS. Costs about 0.1 ms a text.
     """
-    found = [np.unique(_hashed(text), return_counts=True) for text in texts]
+    ends = (unicodedata.normalize("NFC", text)[-N_CHARACTERS:] for text in texts)
+    each = (np.concatenate([_hashed(text), N_BUCKETS + np.array(signs(text), dtype=np.int64)]) for text in ends)
+    found = [np.unique(buckets, return_counts=True) for buckets in each]
     sizes = [len(buckets) for buckets, _ in found]
     empty = np.zeros(0, dtype=np.int64)
     return Pieces(
@@ -179,7 +191,8 @@ def states_after(model: Any, n_layers: int, ids_BT: Tensor, mask_BT: Tensor) -> 
 
     handle = anatomy.decoder_layers(model)[n_layers - 1].register_forward_hook(stop)
     was_training = model.training
-    model.eval()
+    if was_training:  # both walk over all modules
+        model.eval()
     try:
         with torch.no_grad():
             model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
@@ -187,6 +200,7 @@ def states_after(model: Any, n_layers: int, ids_BT: Tensor, mask_BT: Tensor) -> 
         pass
     finally:
         handle.remove()
-        model.train(was_training)
+        if was_training:
+            model.train()
     states: Tensor = kept[0]
     return states

@@ -5,7 +5,7 @@ chances that talk was given by a router that had not learnt from it (folds by co
 learnt from all. The same talk and seed give the same router.
 """
 
-# C texts, E experts, S kinds of strangers, M = E + S, F dense numbers, G buckets, D = G + F + 3 features.
+# C texts, E experts, S kinds of strangers, M = E + S, F dense numbers, G buckets, D = G + F + 3 features, A manners.
 
 import time
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,19 @@ from torch import Tensor
 from toolkit.bases.load import LoadedBase
 from toolkit.combine.route import FAMILIAR, STRANGE, Kind, Router, chances_of, standard
 from toolkit.combine.route_encoder import Encoder, open_encoder
-from toolkit.combine.route_features import N_BUCKETS, Pieces, hidden, pieces
+from toolkit.combine.route_features import N_ALL, N_BUCKETS, Pieces, hidden, pieces
+from toolkit.combine.route_style import manners
 from toolkit.corpus.talk import Talk
 from toolkit.ensemble.router_report import calibrate, report_of
 from toolkit.ensemble.router_rows import Rows, add_strangers, rows_of, strangers
 from toolkit.errors import InputError, Problem
 
 FOLDS = 4
-NUMBERS_SHARE = {"experts": 0.3, "strange": 1.0}  # how much dense numbers count beside pieces
+NUMBERS_SHARE = 0.3  # how much dense numbers count beside pieces
 NUMBERS_OF_MEANS = 0.05  # the same where the nearest mean decides
+SIGNS_COUNT = 2.0  # how much a sign of how a text is typed counts beside a piece
 STRANGE_WEIGHT = 0.5  # of all strangers, against all talk
-SOFTNESS = {"experts": 5.0, "strange": 10.0}  # inverse of the ridge
+SOFTNESS = 5.0  # inverse of the ridge
 Floats = NDArray[np.float64]
 Part = Literal["experts", "strange"]
 
@@ -88,7 +90,7 @@ def train_router(
     router = Router(
         kind, tuple(talks), numbers_CF.shape[1], "" if encode else base.hash, MappingProxyType(tensors), named, encode
     )
-    report = report_of(chances_of(scores_CM, calibration), rows, router.experts)
+    report = report_of(chances_of(scores_CM, calibration[manners(rows.texts)]), rows, router.experts)
     return router, report | {"kind": kind, "seed": seed, "milliseconds": round(spent_ms, 3)}
 
 
@@ -131,7 +133,7 @@ def fit(design: Design, kept: NDArray[np.bool_], kind: Kind) -> dict[str, Tensor
     biases: list[Floats] = []
     for part in ("experts", "strange"):
         use = kept & is_own if part == "experts" else kept
-        solve, share = _regression, NUMBERS_SHARE[part]
+        solve, share = _regression, NUMBERS_SHARE
         if kind == "centroid" and part == "experts":
             solve, share = _means, NUMBERS_OF_MEANS
         scales = _block_scales(design, part, share)
@@ -141,7 +143,7 @@ def fit(design: Design, kept: NDArray[np.bool_], kind: Kind) -> dict[str, Tensor
         columns.append(weight_D * scales[:, None])
         biases.append(bias)
     weights_DM = torch.from_numpy(np.concatenate(columns, axis=1)).float()
-    ends = (N_BUCKETS, N_BUCKETS + len(mean_F))
+    ends = (N_ALL, N_ALL + len(mean_F))
     return tensors | {
         "pieces": weights_DM[: ends[0]].contiguous(),
         "numbers": weights_DM[ends[0] : ends[1]].contiguous(),
@@ -151,14 +153,15 @@ def fit(design: Design, kept: NDArray[np.bool_], kind: Kind) -> dict[str, Tensor
 
 
 def _counted(design: Design, kept: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-    """How rare each bucket is among the rows kept, and how many of their talks hold it."""
-    row = np.repeat(np.arange(len(design.owner)), design.found.sizes)
+    """How rare each bucket is among the rows kept, and how many of their talks hold each piece."""
+    row, buckets = design.found.rows, design.found.buckets
     in_kept = kept[row]
-    n_rows = np.bincount(design.found.buckets[in_kept], minlength=N_BUCKETS)
+    n_rows = np.bincount(buckets[in_kept], minlength=N_ALL)
     rarity = np.log((1 + kept.sum()) / (1 + n_rows)) + 1.0
+    rarity[N_BUCKETS:] *= SIGNS_COUNT
     of_talk = design.talk[row]
-    own = in_kept & (of_talk >= 0)
-    pairs = np.unique(of_talk[own] * N_BUCKETS + design.found.buckets[own])
+    own = in_kept & (of_talk >= 0) & (buckets < N_BUCKETS)
+    pairs = np.unique(of_talk[own] * N_BUCKETS + buckets[own])
     known = np.bincount(pairs % N_BUCKETS, minlength=N_BUCKETS)
     return torch.from_numpy(rarity).float(), torch.from_numpy(known).float()
 
@@ -167,7 +170,7 @@ def _features(design: Design, tensors: Mapping[str, Tensor], use: NDArray[np.boo
     """Everything a score is made of, [rows used, D]. A talk is judged as if the others alone were known."""
     values = design.found.weighed(tensors["rarity"]).numpy().astype(np.float64)
     ends = np.append(design.found.starts, len(values))
-    counted = csr_matrix((values, design.found.buckets, ends), shape=(len(use), N_BUCKETS))[use]
+    counted = csr_matrix((values, design.found.buckets, ends), shape=(len(use), N_ALL))[use]
     numbers = standard(design.numbers_CF, tensors["mean"], tensors["scale"]).numpy()[use]
     own = torch.from_numpy((design.talk >= 0).astype(np.float32))
     familiar = design.found.familiarity(tensors["known"], own).numpy()[use]
@@ -175,9 +178,9 @@ def _features(design: Design, tensors: Mapping[str, Tensor], use: NDArray[np.boo
 
 
 def _block_scales(design: Design, part: Part, share: float) -> Floats:
-    """What pieces, dense numbers and familiarity are multiplied by; the last tells strangers alone."""
+    """What pieces and signs, dense numbers and familiarity are multiplied by; the last tells strangers alone."""
     width, known = design.numbers_CF.shape[1], 0.0 if part == "experts" else 1.0
-    return np.concatenate([np.ones(N_BUCKETS), np.full(width, share), np.full(FAMILIAR, known)])
+    return np.concatenate([np.ones(N_ALL), np.full(width, share), np.full(FAMILIAR, known)])
 
 
 def _diagonal(scales: Floats) -> csr_matrix:
@@ -200,7 +203,7 @@ def _weights(design: Design, use: NDArray[np.bool_]) -> Floats:
 
 def _regression(x_CD: csr_matrix, group: NDArray[np.int64], weight: Floats, part: Part) -> tuple[Floats, Floats]:
     """Columns of a multinomial logistic regression; of strangers against group 0, which is all talk."""
-    model = LogisticRegression(C=SOFTNESS[part], max_iter=200, tol=1e-3).fit(x_CD, group, sample_weight=weight)
+    model = LogisticRegression(C=SOFTNESS, max_iter=200, tol=1e-3).fit(x_CD, group, sample_weight=weight)
     columns, bias = model.coef_.T, model.intercept_
     if columns.shape[1] == 1:  # of two groups sklearn keeps the second's score alone
         columns, bias = np.hstack([np.zeros_like(columns), columns]), np.array([0.0, bias[0]])

@@ -1,6 +1,6 @@
 """How good a router is, and the calibration that makes its chances say so."""
 
-# C texts, E experts, M scores a text, N texts that count.
+# C texts, E experts, M scores a text, N texts that count, A manners.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,41 +10,61 @@ import torch
 from torch import Tensor
 
 from toolkit.combine.route import STRANGE, Router, chances_of
+from toolkit.combine.route_style import N_MANNERS, manners
 from toolkit.corpus.talk import Talk
 from toolkit.ensemble.router_rows import Rows, rows_of
 from toolkit.evaluate.metrics import accuracy, confusion, expected_calibration_error
 
 OTHER = "other"  # what fitting nobody is called in reports
-TURNED_AWAY = 0.05  # of talk not learnt from, sent to nobody; a router that has learnt from all of it sends less
+TURNED_AWAY = (0.05, 0.02)  # of talk not learnt from, after one turn and several; one that has learnt it sends less
 TEMPERATURES = torch.logspace(-3.0, 2.0, 101)
 SLOPES = torch.logspace(-1.5, 2.0, 71)
+FEWEST_OWN, FEWEST_STRANGE = 200, 50  # texts of a manner that is calibrated by itself
 STRANGERS_COUNT = 0.25  # of all strangers in the choice of the slope, against all talk
 
 
 def calibrate(scores_CM: Tensor, rows: Rows, n_experts: int) -> Tensor:
-    """`Router.tensors["calibration"]` from scores that a router gave rows it has not learnt from.
+    """`Router.tensors["calibration"]` from scores that a router gave rows it has not learnt from, [A, 3].
 
     The temperature (Guo et al. 2017, arXiv 1706.04599) and the slope minimise the log-loss of who it is for; the shift
-    sends TURNED_AWAY of the experts' own talk to nobody.
+    sends TURNED_AWAY of the experts' own talk to nobody. Each manner (one turn or several, the script) has its own
+    where it has enough texts: on all together a router looks less sure of long Korean talk than it is right, and more
+    of a first English message.
     """
     owner, weight = torch.tensor(rows.owner), torch.tensor(rows.weight)
     is_own = (torch.tensor(rows.turns) > 0) & (owner < n_experts)
+    is_strange = owner >= n_experts
+    manner = manners(rows.texts)
+    found = torch.zeros(N_MANNERS, 3)
+    for number in range(N_MANNERS):
+        own, strange = is_own & (manner == number), is_strange & (manner == number)
+        if own.sum() < FEWEST_OWN or strange.sum() < FEWEST_STRANGE:
+            own, strange = is_own, is_strange
+        found[number] = _fitted(scores_CM, owner, weight, own, strange, TURNED_AWAY[number % 2])
+    return found
+
+
+def _fitted(
+    scores_CM: Tensor, owner: Tensor, weight: Tensor, is_own: Tensor, is_strange: Tensor, turned_away: float
+) -> Tensor:
+    """Temperature, slope and shift for some texts, [3]."""
+    n_experts = scores_CM.shape[1] - STRANGE
     own_NM, of_own, own_weight = scores_CM[is_own], owner[is_own], weight[is_own]
     temperature = min(
         TEMPERATURES.tolist(), key=lambda t: _loss(torch.softmax(own_NM[:, :-STRANGE] / t, 1), of_own, own_weight)
     )
     best_N = torch.log_softmax(own_NM[:, :-STRANGE] / temperature, 1).amax(1)
     strange_N = torch.logsumexp(own_NM[:, -STRANGE:], 1)
-    strangers_NM = scores_CM[owner >= n_experts]
+    strangers_NM = scores_CM[is_strange]
     nobody = torch.full((len(strangers_NM),), n_experts)
 
     def with_slope(slope: float) -> Tensor:
-        shift = -_quantile(slope * strange_N - best_N, own_weight, 1.0 - TURNED_AWAY)
+        shift = -_quantile(slope * strange_N - best_N, own_weight, 1.0 - turned_away)
         return torch.tensor([temperature, slope, shift])
 
     def loss(slope: float) -> float:
         tried = with_slope(slope)
-        lost = _loss(chances_of(strangers_NM, tried), nobody, weight[owner >= n_experts])
+        lost = _loss(chances_of(strangers_NM, tried), nobody, weight[is_strange])
         return _loss(chances_of(own_NM, tried), of_own, own_weight) + STRANGERS_COUNT * lost
 
     return with_slope(min(SLOPES.tolist(), key=loss))

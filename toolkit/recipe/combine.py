@@ -3,13 +3,12 @@
 What the kinds do is described in toolkit/combine/methods.py; what they cannot mean is told by sense_combine.py.
 """
 
-import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from toolkit.recipe.section import Section
+from toolkit.recipe.section import Section, composed
 
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # methods of a merge that drop numbers
 MAY_TURN_AWAY = ("exact", "linear", "svd")  # methods of a merge in which a negative weight has a meaning
@@ -21,17 +20,13 @@ MERGES = {
 }
 
 
-def _nfc(value: object) -> object:
-    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
-
-
 def _weights_form(value: object) -> str:
     return "<shares>" if isinstance(value, dict) else "<word>"
 
 
 Weights = Annotated[
     Annotated[Literal["equal", "search"], Tag("<word>")]
-    | Annotated[dict[Annotated[str, BeforeValidator(_nfc)], float], Field(min_length=1), Tag("<shares>")],
+    | Annotated[dict[Annotated[str, BeforeValidator(composed)], float], Field(min_length=1), Tag("<shares>")],
     Discriminator(_weights_form),
 ]
 How = Literal["hard", "soft", "logprob"]
@@ -53,7 +48,7 @@ class Route(Combination):
         description="centroid: the nearest mean; classifier: a small network; embedding: through an encoder of yours",
     )
     top_k: int = Field(default=1, ge=1, le=1024, description="how many experts answer together; 1: the likeliest")
-    default: Annotated[str, BeforeValidator(_nfc), Field(min_length=1)] = Field(
+    default: Annotated[str, BeforeValidator(composed), Field(min_length=1)] = Field(
         default="base", description="who answers what fits nobody: an expert's name, or base"
     )
     margin: float = Field(
