@@ -48,10 +48,6 @@ class Joined:
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return made
 
-    def added(self, x: Tensor, to: Tensor) -> Tensor:
-        """The same added to something, which changes; oneDNN's own addition took longer."""
-        return to.add_(self(x))
-
     def pack(self) -> "Joined":
         """With the packed weights."""
         return replace(self, packed=torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS))

@@ -13,6 +13,7 @@ attention and adapters, are made in float64 there, and everything else is the sa
 # S columns that are seen, V vocabulary, P positions, O features out, X = R·K, N queries that share a key.
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,14 @@ from serve.cache import Frame, SlotCache
 from serve.engines.forward import Masks
 from serve.engines.fusing import Joined, can_pack, joined, refuse_other
 from serve.engines.int8 import needs_7_bits
+from serve.engines.threads import Team, Wakes, for_rows
 from toolkit.adapters import anatomy
 from toolkit.combine.gate import Reader
 from toolkit.stack.stack import Stack
 
 MOST_PACKED_MB = 4096  # of weights, and half of what is free; packed, they lie in memory a second time
 BLOCK = 512  # positions whose rotation is worked out at once
+WIDE_MB = 8  # of keys and values, for which a layer's attention wakes all threads
 GRAIN = 32768  # numbers; torch cuts a larger tensor between threads, and the ends of a part come out otherwise
 
 
@@ -99,11 +102,19 @@ class LeanForward:
             for number, (layer, kind) in enumerate(zip(anatomy.decoder_layers(base), kinds, strict=True))
         ]
         self._head = join(base.lm_head)
+        self.team = Team()
+        self.tried: dict[int, Wakes] = {}  # what wakes all threads in a step of so many rows
+        self._wakes = Wakes.EVERYTHING
 
     def __call__(
         self, ids_RT: Tensor, frame: Frame, masks: Masks, asked: Sequence[int], reader: Reader | None
     ) -> Tensor:
         """See Forward."""
+        self._wakes = for_rows(self.tried, len(ids_RT)) if ids_RT.shape[1] == 1 else Wakes.EVERYTHING
+        with self.team.all() if self._wakes is Wakes.EVERYTHING else nullcontext():
+            return self._run(ids_RT, frame, masks, asked, reader)
+
+    def _run(self, ids_RT: Tensor, frame: Frame, masks: Masks, asked: Sequence[int], reader: Reader | None) -> Tensor:
         turn = self._turn(frame, masks, asked, reader)
         if reader is not None:
             reader.begin(ids_RT)
@@ -116,7 +127,7 @@ class LeanForward:
             hidden_RTH = _last(hidden_RTH, turn.last_R)
         if len(asked) < len(hidden_RTH):
             hidden_RTH = hidden_RTH[list(asked)]
-        return self._head(self._normed(hidden_RTH, self._norm))[:, 0]
+        return self._product(self._head, self._normed(hidden_RTH, self._norm))[:, 0]
 
     def _layer_of(self, module: Any, number: int, kind: str, join: Callable[..., Joined]) -> Layer:
         attention, mlp = module.self_attn, module.mlp
@@ -201,8 +212,10 @@ class LeanForward:
         if n_tokens == 1:  # sdpa takes five times as long for 32 rows (docs/log.md)
             queries = queries_RTQD.reshape(-1, shared, self._width)
             mask_XNS, scale = turn.last_masks[layer.kind], self._width**-0.5
-            scores_XNS = torch.baddbmm(mask_XNS, queries, keys_RKSD.flatten(0, 1).mT, alpha=scale)
-            return torch.bmm(scores_XNS.softmax(-1), values_RKSD.flatten(0, 1)).view(n_rows, 1, -1)
+            is_wide = keys_RKSD.nbytes + values_RKSD.nbytes > WIDE_MB * 2**20
+            with self.team.all() if is_wide else nullcontext():
+                scores_XNS = torch.baddbmm(mask_XNS, queries, keys_RKSD.flatten(0, 1).mT, alpha=scale)
+                return torch.bmm(scores_XNS.softmax(-1), values_RKSD.flatten(0, 1)).view(n_rows, 1, -1)
         split = queries_RTQD.view(n_rows, n_tokens, self._n_keys, shared, self._width)
         queries = split.permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = turn.masks[layer.kind]
@@ -222,12 +235,19 @@ class LeanForward:
     def _multiplied(self, joined: Joined, x: Tensor, number: int, reader: Reader | None) -> Tensor:
         """What layers that read the same x give, beside each other, with their adapters."""
         self._tell(reader, number, joined.names, x)
-        return self._adapted(joined, x, joined(x))
+        return self._adapted(joined, x, self._product(joined, x))
 
     def _added(self, joined: Joined, x: Tensor, hidden: Tensor, number: int, reader: Reader | None) -> Tensor:
         """The stream with what a layer adds to it; the stream itself may change."""
         self._tell(reader, number, joined.names, x)
-        return self._adapted(joined, x, joined.added(x, hidden))
+        return self._adapted(joined, x, hidden.add_(self._product(joined, x)))
+
+    def _product(self, joined: Joined, x: Tensor) -> Tensor:
+        """joined(x), on all threads where that is worth it."""
+        if self._wakes is Wakes.PRODUCTS or (self._wakes is Wakes.HEAD and joined is self._head):
+            with self.team.all():
+                return joined(x)
+        return joined(x)
 
     def _adapted(self, joined: Joined, x: Tensor, y: Tensor) -> Tensor:
         """y with what adapters add to it for x; it changes."""

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -90,7 +90,10 @@ class RowsEngine(Engine):
         self._changed = threading.Condition()  # guards scheduler, rows, jobs and what is above, but not the batch
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
+        tuned: Future[None] = Future()  # in the thread that steps: threads are slower to wake beside those of another
+        self._jobs.append((tuned, (lambda: None) if self._slots is None else self._slots.tune))
         self._worker.start()
+        tuned.result()
 
     @property
     def computes(self) -> str:
@@ -249,8 +252,9 @@ class RowsEngine(Engine):
         with torch.inference_mode():
             writing = [self._rows[ticket] for ticket in step.writing]
             reading = [(self._rows[ticket], n_tokens) for ticket, n_tokens in step.reading]
-            if self._batch.run(writing, reading):
-                self._health.went_well()
+            with nullcontext() if self._slots is None else self._slots.few_threads():
+                if self._batch.run(writing, reading):
+                    self._health.went_well()
         if step.alone is not None and self._batch.run_alone(self._rows[step.alone]):
             self._health.went_well()
 

@@ -10,7 +10,7 @@ row's adapter, serve/cache.py keeps what the rows have read. What a base needs f
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from serve.engines.fusing import refuse_int8, unlike
 from serve.engines.int8 import FLAG
 from serve.engines.lean import LeanForward
 from serve.engines.reuse import Columns
+from serve.engines.threads import TRIED_ROWS, Wakes, quickest
 from toolkit.adapters import anatomy
 from toolkit.combine.gate import Gate, Reader
 from toolkit.errors import BaseError
@@ -32,6 +33,7 @@ _log = logging.getLogger("maltu.serve.slots")
 FULL, SLIDING = "full_attention", "sliding_attention"
 ONE_ANSWER_FOR_ALL = ("dynamic", "longrope")  # rotary embeddings that follow the longest row of a batch
 CLOSE = 1e-4  # of the largest logit: what rounding explains
+READ_FIRST = 32  # tokens of a row, before steps are tried
 FREE_MB = 64  # an empty cache above it gives its memory back
 
 
@@ -83,6 +85,33 @@ class Slots:
     def __len__(self) -> int:
         """Rows that are there."""
         return len(self._seats)
+
+    def few_threads(self) -> AbstractContextManager[None]:
+        """Inside, everything runs on one thread but for what `tune` found to be worth all of them."""
+        is_tuned = isinstance(self._forward, LeanForward) and bool(self._forward.tried)
+        return self._forward.team.one() if is_tuned else nullcontext()  # type: ignore[attr-defined]
+
+    @torch.inference_mode()
+    def tune(self) -> None:
+        """Try what of a step is worth waking threads for; lean alone. The slots are empty before and after. Takes up to
+        39 steps.
+        """
+        if not isinstance(self._forward, LeanForward) or self._forward.team.size == 1:
+            return
+        tried, found = self._forward.tried, dict[int, Wakes]()
+        for n_rows in TRIED_ROWS:
+            seats = [self.open(None) for _ in range(n_rows)]
+            self.forward(seats, [[1] * READ_FIRST] * n_rows)
+
+            def step(wakes: Wakes, seats: Sequence[Seat] = seats) -> None:
+                tried[len(seats)] = wakes
+                with self.few_threads():
+                    self.forward(seats, [[1]] * len(seats))
+
+            found[n_rows] = quickest(step)
+            tried.clear()
+            self.reset()
+        tried |= found
 
     @property
     def computes(self) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from serve.engines.forward import LEAN, MODULES
 from serve.engines.fusing import joined
 from serve.engines.slots import Seat, Slots
+from serve.engines.threads import Team, Wakes
 from tests.gated_world import EXPERTS, some_gate
 from tests.served_world import watch
 from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows
@@ -174,11 +175,33 @@ def test_packed_layers_give_a_row_the_same_bits_whoever_is_beside_it() -> None:
     for n_in, n_out, has_bias in ((32, 64, True), (200, 48, False), (256, 1536, False), (704, 256, True)):
         linear = nn.Linear(n_in, n_out, bias=has_bias)
         one = joined([linear], ["it"]).pack()
-        x, to = torch.randn(70, 1, n_in, generator=noise), torch.randn(70, 1, n_out, generator=noise)
+        x = torch.randn(70, 1, n_in, generator=noise)
         with torch.inference_mode():
-            assert off(one(x), linear(x)) < TOLERANCE and off(one.added(x, to.clone()), linear(x) + to) < TOLERANCE
+            assert off(one(x), linear(x)) < TOLERANCE
             for count in (1, 2, 3, 5, 8, 13, 32, 33, 70):
                 assert torch.equal(one(x[:count])[0], one(x)[0]), count
+
+
+@pytest.mark.parametrize("count", [1, 8, 32])
+def test_packed_layers_give_the_same_bits_on_any_number_of_threads(count: int, several_threads: None) -> None:
+    linear = nn.Linear(256, 1536)
+    one, x = joined([linear], ["it"]).pack(), torch.randn(count, 1, 256)
+    with torch.inference_mode():
+        with Team().one():
+            alone = one(x)
+        assert torch.equal(one(x), alone)
+
+
+def test_whatever_wakes_the_threads_a_row_has_the_same_logits(worlds: Any, several_threads: None) -> None:
+    both, ids = Both(worlds("llama").stack(KINDS)), some_rows(len(EVERY), 16).tolist()
+    lean: Any = both.slots[1]._forward
+    rows = [both.open(name) for name in EVERY]
+    assert both.differ(rows, [own[:9] for own in ids]) < TOLERANCE
+    for place, wakes in enumerate(Wakes, start=9):
+        lean.tried.update({1: Wakes.EVERYTHING, 8: wakes, 32: wakes})
+        with both.slots[1].few_threads():
+            assert both.differ(rows, [own[place : place + 1] for own in ids]) < TOLERANCE
+        assert torch.get_num_threads() == 2
 
 
 def test_a_base_keeps_its_parameters_as_they_were(tmp_path: Path) -> None:

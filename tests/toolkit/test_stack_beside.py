@@ -83,6 +83,25 @@ def test_what_is_kept_is_counted_and_given_back(world: World) -> None:
     assert stack._room.n_bytes == room
 
 
+def test_batches_of_the_same_adapters_share_what_is_kept(world: World) -> None:
+    stack = world.stack(("lora", "lora-7"))
+    for n_rows in (2, 3):
+        found, wanted = both(stack, ["lora"] * n_rows + ["lora-7"] * n_rows, QKV, WIDTHS, 5)
+        assert off(found, wanted) < 1e-6
+    assert len(stack._plans) == 2 and len(stack.loras._besides) == 1
+
+
+def test_other_adapters_make_room(world: World) -> None:
+    stack = world.stack(("lora", "lora-7"))
+    both(stack, ["lora"], QKV, WIDTHS, 1)
+    (first,) = stack.loras._besides
+    stack._room.n_bytes = 0
+    found, wanted = both(stack, ["lora"], MLP, (64, 64), 1)  # nothing but its own
+    assert off(found, wanted) < 1e-6 and list(stack.loras._besides) == [first]
+    found, wanted = both(stack, ["lora-7"], QKV, WIDTHS, 1)
+    assert off(found, wanted) < 1e-6 and first not in stack.loras._besides and stack._room.n_bytes >= 0
+
+
 def test_an_adapter_that_learns_is_read_anew_every_time(world: World) -> None:
     stack = Stack(make_base())
     stack.add("a", new_adapter(stack.base, Lora(rank=3), seed=0), learns=True)

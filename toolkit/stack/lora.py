@@ -51,6 +51,7 @@ class LoraShelf(Shelf):
         self._experts = {name for name in self._linear if in_expert_list(self._layers, name)}
         self._pairs: dict[str, Pair] = {}
         self._dropout: dict[int, float] = {}
+        self._besides: dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[Beside, int]] = {}
 
     def check(self, adapter: Adapter) -> None:
         """See Shelf.check; a layer that is no linear layer, or an expert's, is refused by name."""
@@ -190,19 +191,31 @@ class LoraShelf(Shelf):
         plan.kept[pair.name] = (a_GRI, b_GRO * scale_G11, None)
         return a_GRI, b_GRO * scale_G11, None
 
+    def forget(self) -> None:
+        """Let go of what was gathered: an adapter came or went."""
+        self.room.n_bytes += sum(n_bytes for _, n_bytes in self._besides.values())
+        self._besides.clear()
+
     def _beside(self, pairs: Sequence[Pair], plan: Plan) -> Beside | None:
-        """A and B of several layers for each group, gathered once; None where there is no room to keep them."""
-        key = ("beside", *(pair.name for pair in pairs))
-        found: Beside | None = plan.kept.get(key)
+        """A and B of several layers for each group, gathered once for all batches with these groups, whatever their
+        rows; None where there is no room to keep them. Those of other groups make room, the oldest first.
+        """
+        key = plan.places, tuple(pair.name for pair in pairs)
+        if (found := self._besides.get(key)) is not None:
+            return found[0]
         n_numbers = sum(math.prod(pair.a_PRI.dense.shape[1:]) + math.prod(pair.b_PRO.dense.shape[1:]) for pair in pairs)
         n_bytes = len(plan.places) * n_numbers * self.dtype.itemsize
-        if found is None and n_bytes <= self.room.n_bytes:
-            gathered = [self._scaled(pair, plan) for pair in pairs]
-            found = Beside.of([a_GRI for a_GRI, _ in gathered], [b_GRO for _, b_GRO in gathered])
-            self.room.n_bytes -= n_bytes
-            plan.n_kept_bytes += n_bytes
-            plan.kept[key] = found
-        return found
+        for old in [old for old in self._besides if old[0] != plan.places]:
+            if n_bytes <= self.room.n_bytes:
+                break
+            self.room.n_bytes += self._besides.pop(old)[1]
+        if n_bytes > self.room.n_bytes:
+            return None
+        gathered = [self._scaled(pair, plan) for pair in pairs]
+        made = Beside.of([a_GRI for a_GRI, _ in gathered], [b_GRO for _, b_GRO in gathered])
+        self.room.n_bytes -= n_bytes
+        self._besides[key] = made, n_bytes
+        return made
 
     def _scaled(self, pair: Pair, plan: Plan) -> tuple[Tensor, Tensor]:
         a_GRI, b_GRO = plan.select(pair.a_PRI.dense), plan.select(pair.b_PRO.dense)

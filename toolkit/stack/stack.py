@@ -337,6 +337,7 @@ class Stack:
 
     def _forget_plans(self) -> None:
         self._mixes.clear()
+        self.loras.forget()
         while self._plans:
             self._drop_oldest_plan()
 
