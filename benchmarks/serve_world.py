@@ -25,6 +25,7 @@ from toolkit.stack.adapter import Adapter, new_adapter, write_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("요", "데", "대", "무", "면", "저", "니", "서")
+CONTEXT = 4096  # of the random bases
 SURE = 15.0  # nats between a marker and the next likely token
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 64}
 
@@ -39,9 +40,9 @@ def open_base(name: str, folder: Path) -> LoadedBase:
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(home)
+        tokenizer = AutoTokenizer.from_pretrained(home, model_max_length=CONTEXT)
         ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=4096, **ends)
+        config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=CONTEXT, **ends)
         model = LlamaForCausalLM(config)
         with torch.no_grad():  # never chosen: what has no text, and what would end an answer
             model.get_input_embeddings().weight[len(tokenizer) :] = 0.0

@@ -176,10 +176,11 @@ METHODS: tuple[Method, ...] = (
     Method(
         kind="route",
         name="classifier",
-        says="Two linear layers read the last user turns: the base's states after a quarter of its layers, and pieces "
-        "of the words. One says how likely each expert is, the other how likely none; both are calibrated.",
+        says="Two linear layers read the last user turns: the base's states after a quarter of its layers, pieces of "
+        "the words, and how they are typed (length, marks, capitals). One says how likely each expert is, the other "
+        "how likely none; both are calibrated, by script and for one turn and several.",
         formula="softmax((W h(x) + U n(x) + b) / T) over the experts, a logistic of such a score for none; h states, "
-        "n pieces",
+        "n pieces and signs",
         paper="Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599 (the temperature)",
         training="One pass of a quarter of the base over all user turns, and a few fits of logistic regression.",
         serving="A quarter of the base over at most 64 tokens, then one expert (top_k of them: their mix).",
