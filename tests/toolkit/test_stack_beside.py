@@ -94,12 +94,25 @@ def test_batches_of_the_same_adapters_share_what_is_kept(world: World) -> None:
 def test_other_adapters_make_room(world: World) -> None:
     stack = world.stack(("lora", "lora-7"))
     both(stack, ["lora"], QKV, WIDTHS, 1)
-    (first,) = stack.loras._besides
+    ((places, layers),) = stack.loras._besides.items()
     stack._room.n_bytes = 0
     found, wanted = both(stack, ["lora"], MLP, (64, 64), 1)  # nothing but its own
-    assert off(found, wanted) < 1e-6 and list(stack.loras._besides) == [first]
+    assert off(found, wanted) < 1e-6 and len(layers) == 1
     found, wanted = both(stack, ["lora-7"], QKV, WIDTHS, 1)
-    assert off(found, wanted) < 1e-6 and first not in stack.loras._besides and stack._room.n_bytes >= 0
+    assert off(found, wanted) < 1e-6 and places not in stack.loras._besides and stack._room.n_bytes >= 0
+
+
+def test_no_more_groups_are_kept_than_a_server_needs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.stack.lora.N_KEPT", 2)
+    stack = world.stack(("lora", "lora-7", "lora-alpha"))
+    room = stack._room.n_bytes
+    for names in (["lora"], ["lora-7"], ["lora"], ["lora-alpha"]):
+        both(stack, names, QKV, WIDTHS, 1)
+    kept = [stack._plans_of((stack.slots[name],))["lora"] for name in ("lora", "lora-alpha")]  # the last two
+    assert list(stack.loras._besides) == [plan.places for plan in kept if plan is not None]
+    assert stack._room.n_bytes < room
+    stack.close()
+    assert stack._room.n_bytes == room
 
 
 def test_an_adapter_that_learns_is_read_anew_every_time(world: World) -> None:

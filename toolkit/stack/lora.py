@@ -4,6 +4,7 @@
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from toolkit.stack.grouped import Mix, Plan, add_grouped, add_mixed, as_read, dr
 from toolkit.stack.shelf import Now, Room, Shelf, holding_layer, in_expert_list, layer_numbers, refuse_misfit
 from toolkit.stack.table import Table
 
+N_KEPT = 8  # batches: as many as a stack remembers plans of
 PREFIX = "base_model.model."  # what PEFT writes before every name of the base
 PART = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 
@@ -51,7 +53,7 @@ class LoraShelf(Shelf):
         self._experts = {name for name in self._linear if in_expert_list(self._layers, name)}
         self._pairs: dict[str, Pair] = {}
         self._dropout: dict[int, float] = {}
-        self._besides: dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[Beside, int]] = {}
+        self._besides: OrderedDict[tuple[int, ...], dict[tuple[str, ...], tuple[Beside, int]]] = OrderedDict()
 
     def check(self, adapter: Adapter) -> None:
         """See Shelf.check; a layer that is no linear layer, or an expert's, is refused by name."""
@@ -193,28 +195,32 @@ class LoraShelf(Shelf):
 
     def forget(self) -> None:
         """Let go of what was gathered: an adapter came or went."""
-        self.room.n_bytes += sum(n_bytes for _, n_bytes in self._besides.values())
-        self._besides.clear()
+        while self._besides:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        _, layers = self._besides.popitem(last=False)
+        self.room.n_bytes += sum(n_bytes for _, n_bytes in layers.values())
 
     def _beside(self, pairs: Sequence[Pair], plan: Plan) -> Beside | None:
         """A and B of several layers for each group, gathered once for all batches with these groups, whatever their
-        rows; None where there is no room to keep them. Those of other groups make room, the oldest first.
+        rows; None where there is no room to keep them. The groups of N_KEPT batches are kept, and make room for others.
         """
-        key = plan.places, tuple(pair.name for pair in pairs)
-        if (found := self._besides.get(key)) is not None:
-            return found[0]
+        layers = self._besides.setdefault(plan.places, {})
+        self._besides.move_to_end(plan.places)
+        names = tuple(pair.name for pair in pairs)
+        if names in layers:
+            return layers[names][0]
         n_numbers = sum(math.prod(pair.a_PRI.dense.shape[1:]) + math.prod(pair.b_PRO.dense.shape[1:]) for pair in pairs)
         n_bytes = len(plan.places) * n_numbers * self.dtype.itemsize
-        for old in [old for old in self._besides if old[0] != plan.places]:
-            if n_bytes <= self.room.n_bytes:
-                break
-            self.room.n_bytes += self._besides.pop(old)[1]
+        while len(self._besides) > 1 and (len(self._besides) > N_KEPT or n_bytes > self.room.n_bytes):
+            self._forget_oldest()
         if n_bytes > self.room.n_bytes:
             return None
         gathered = [self._scaled(pair, plan) for pair in pairs]
         made = Beside.of([a_GRI for a_GRI, _ in gathered], [b_GRO for _, b_GRO in gathered])
         self.room.n_bytes -= n_bytes
-        self._besides[key] = made, n_bytes
+        layers[names] = made, n_bytes
         return made
 
     def _scaled(self, pair: Pair, plan: Plan) -> tuple[Tensor, Tensor]:
