@@ -1,7 +1,7 @@
 """What the tests of the stack share: tiny random bases, saved adapters of every kind, plain PEFT's answers."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,11 @@ def padded(rows: Sequence[Tensor], side: str, width: int) -> tuple[Tensor, Tenso
         place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[index, place], mask[index, place] = row, 1
     return ids, mask
+
+
+def worlds_of(bases: Mapping[str, Callable[[], Any]], folders: pytest.TempPathFactory) -> Iterator[Worlds]:
+    """For a fixture: worlds that know these bases besides."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, config in bases.items():
+            patch.setitem(BASES, name, config)
+        yield Worlds(folders)

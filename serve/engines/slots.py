@@ -88,8 +88,9 @@ class Slots:
 
     def few_threads(self) -> AbstractContextManager[None]:
         """Inside, everything runs on one thread but for what `tune` found to be worth all of them."""
-        is_tuned = isinstance(self._forward, LeanForward) and bool(self._forward.tried)
-        return self._forward.team.one() if is_tuned else nullcontext()  # type: ignore[attr-defined]
+        if isinstance(self._forward, LeanForward) and self._forward.tried:
+            return self._forward.team.one()
+        return nullcontext()
 
     @torch.inference_mode()
     def tune(self) -> None:

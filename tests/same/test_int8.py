@@ -14,7 +14,7 @@ from serve.engines.fusing import joined
 from serve.engines.int8 import Int8, needs_7_bits
 from serve.engines.slots import Slots
 from tests.gated_world import EXPERTS, some_gate
-from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows
+from tests.stacked_world import SIZES, Worlds, make_base, off, some_rows, worlds_of
 from toolkit.combine.gate import Gate
 from toolkit.combine.gate_start import arrow_gate
 from toolkit.errors import BaseError
@@ -34,10 +34,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, config in FAMILIES.items():
-            patch.setitem(BASES, name, config)
-        yield Worlds(tmp_path_factory)
+    yield from worlds_of(FAMILIES, tmp_path_factory)
 
 
 def slots_of(worlds: Any, family: str, names: Sequence[str] = KINDS) -> Slots:

@@ -15,7 +15,7 @@ from serve.engines.slots import Seat, Slots
 from serve.engines.threads import Team, Wakes
 from tests.gated_world import EXPERTS, some_gate
 from tests.served_world import watch
-from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows
+from tests.stacked_world import SIZES, Worlds, make_base, off, some_rows, worlds_of
 from toolkit.combine.gate import Gate
 from toolkit.combine.gate_start import arrow_gate
 from toolkit.errors import BaseError
@@ -53,10 +53,7 @@ NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) f
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, config in FAMILIES.items():
-            patch.setitem(BASES, name, config)
-        yield Worlds(tmp_path_factory)
+    yield from worlds_of(FAMILIES, tmp_path_factory)
 
 
 class Both:

@@ -13,7 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, MistralConfig
 
 from serve.engines.slots import Slots, unfit
-from tests.stacked_world import BASES, SIZES, Worlds, make_base, off, some_rows, worn
+from tests.stacked_world import SIZES, Worlds, make_base, off, some_rows, worlds_of, worn
 from toolkit.sampling import Sampling
 from toolkit.writing import Writing, next_tokens
 
@@ -42,10 +42,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, config in WINDOWS.items():
-            patch.setitem(BASES, name, config)
-        yield Worlds(tmp_path_factory)
+    yield from worlds_of(WINDOWS, tmp_path_factory)
 
 
 def requests() -> list[tuple[str | None, list[int], Sampling]]:

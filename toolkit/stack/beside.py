@@ -16,8 +16,8 @@ from toolkit.stack.grouped import Gathered
 class Beside:
     """A of all layers beside each other, and B of each, its scale inside.
 
-    a_GIC: as it is read; a product of few tokens takes two to three times as long with it the other way. together_XRO:
-    B of all layers group by group, [G·M, R, O], where ranks and outputs are equal; `b` are views of it.
+    a_GIC: as it is read; the other way a product of few tokens copies it first (docs/log.md).
+    together_XRO: B of all layers group by group, [G·M, R, O], where ranks and outputs are equal; `b` are views of it.
     """
 
     a_GIC: Tensor
